@@ -1,0 +1,52 @@
+# One vocabulary of commands. Each sets up what it needs in .venv; a second call reuses it.
+#   make demo       train, flip, resume, compare, draw: the main job on the embedded default
+#   make test       everything that must pass: lint, types, docs, notebooks, doctests, tests
+#   make lint types docs bench notebooks      one part alone
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# Frameworks run on one thread each, so that tests side by side do not fight for the cores.
+THREADS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TF_NUM_INTRAOP_THREADS=1 TF_CPP_MIN_LOG_LEVEL=3
+
+.PHONY: demo test lint types docs bench notebooks pytest clean
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# A stamp names the extras that are in; it is as old as the files that say what they hold.
+$(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) -e '.[torch]'
+	@touch $@
+
+$(VENV)/.test: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) -e '.[torch,keras,test,docs]'
+	@touch $@ $(VENV)/.demo
+
+demo: $(VENV)/.demo
+	$(BIN)/ckptflip demo
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.test
+	$(BIN)/mypy
+
+docs: $(VENV)/.test
+	$(BIN)/python docs/build.py site
+
+notebooks: $(VENV)/.test
+	$(THREADS) $(BIN)/python -m pytest -q tests/test_notebooks.py
+
+bench: $(VENV)/.test
+	$(BIN)/python benchmarks/inject.py
+
+pytest: $(VENV)/.test
+	$(THREADS) $(BIN)/python -m pytest -q -n auto
+
+test: lint types docs pytest
+
+clean:
+	rm -rf $(VENV) site demo

@@ -1,0 +1,48 @@
+"""The errors a user can meet. Each says what, where, why and what to do next, and knows its exit code."""
+
+
+class CkptflipError(Exception):
+    """Base of all errors raised on purpose; the command line prints it as one message.
+
+    Attributes:
+        exit_code: what the command line exits with.
+    """
+
+    exit_code = 1
+
+
+class UsageError(CkptflipError, ValueError):
+    """Options or arguments that make no sense, alone or together."""
+
+    exit_code = 2
+
+
+class SelectionError(UsageError):
+    """A selection that matches nothing, or an amount larger than what was selected."""
+
+
+class GuardError(CkptflipError):
+    """No fault can be drawn that the guards (`forbid`) allow."""
+
+
+class CheckpointError(CkptflipError):
+    """A checkpoint that cannot be read or altered: missing, damaged, in use, of an unknown format."""
+
+
+class InUseError(CheckpointError):
+    """Another process holds the checkpoint open."""
+
+
+class RecordError(CkptflipError):
+    """A record that cannot be read, or that does not belong to this checkpoint."""
+
+
+class MissingExtraError(CkptflipError):
+    """A library is missing that an extra of this package brings."""
+
+    def __init__(self, library: str, extra: str, purpose: str) -> None:
+        super().__init__(f"{purpose} needs {library}, which is not installed: pip install 'ckptflip[{extra}]'")
+
+
+class WorkloadError(CkptflipError):
+    """A workload that cannot be found, loaded or resumed."""
