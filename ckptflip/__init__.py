@@ -1,0 +1,36 @@
+"""ckptflip: flip chosen bits in saved checkpoints, resume training, and measure what the flips did.
+
+The verbs are functions here; each is imported when it is first used, so that importing the package costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "inject": "ckptflip.alter",
+    "replay": "ckptflip.alter",
+    "undo": "ckptflip.alter",
+    "diff": "ckptflip.compare",
+    "scan": "ckptflip.compare",
+    "Policy": "ckptflip.faults",
+    "opened": "ckptflip.checkpoints",
+    "CkptflipError": "ckptflip.errors",
+}
+__all__ = ["CkptflipError", "Policy", "__version__", "diff", "inject", "opened", "replay", "scan", "undo"]
+
+if TYPE_CHECKING:
+    from ckptflip.checkpoints import opened
+    from ckptflip.compare import diff, scan
+    from ckptflip.errors import CkptflipError
+    from ckptflip.faults import Policy
+    from ckptflip.alter import inject, replay, undo
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'ckptflip' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

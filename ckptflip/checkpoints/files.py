@@ -1,0 +1,164 @@
+"""Files: locks, copies, and new files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from ckptflip.errors import CheckpointError, InUseError, UsageError
+
+Progress = Callable[[int], None]
+_COPY_STEP = 1 << 26
+# Up to this size a digest of the whole file costs less than starting the program.
+DIGEST_LIMIT = 1 << 24
+
+
+@contextlib.contextmanager
+def locked(path: Path, *, exclusive: bool) -> Iterator[None]:
+    """Hold the lock that HDF5 itself takes on an open file, while its bytes are read or altered.
+
+    Args:
+        path: the file.
+        exclusive: for altering it (nobody else may hold it open); else for reading (no writer may).
+
+    Raises:
+        CheckpointError: the file is missing, not a plain file, or may not be read or written.
+        InUseError: another process holds it.
+    """
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a folder; name a file in it, or pick one with --epoch")
+    try:
+        fd = os.open(path, os.O_RDWR if exclusive else os.O_RDONLY)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist") from None
+    except OSError as why:
+        verb = "altered" if exclusive else "read"
+        hint = "; make it writable, or write a new file with -o" if exclusive else ""
+        raise CheckpointError(f"{path} cannot be {verb}: {why.strerror}{hint}") from None
+    try:
+        try:
+            fcntl.flock(fd, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InUseError(
+                f"{path} is open in another process; close it there and try again. Nothing was altered"
+            ) from None
+        except OSError:
+            pass  # a file system without locks: HDF5 goes on without one too
+        yield
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def new_file(path: Path, *, overwrite: bool, like: Path | None = None) -> Iterator[Path]:
+    """A temporary file beside `path` that becomes `path` when the block ends well, and vanishes otherwise.
+
+    Args:
+        path: the final name.
+        overwrite: whether an existing file may be replaced.
+        like: a file whose permissions the new one gets.
+
+    Raises:
+        UsageError: `path` exists and may not be replaced.
+        CheckpointError: the folder is missing or cannot be written, or the disk is full.
+    """
+    if not overwrite and path.exists():
+        raise UsageError(f"{path} exists; name another with -o, or replace it with --overwrite")
+    try:
+        fd, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    except OSError as why:
+        raise CheckpointError(f"{path} cannot be written: {why.strerror} ({path.parent})") from None
+    os.close(fd)
+    temporary = Path(name)
+    try:
+        yield temporary
+        if like is not None:
+            shutil.copymode(like, temporary)
+        else:
+            temporary.chmod(0o666 & ~_umask())
+        _publish(temporary, path, overwrite=overwrite)
+    except OSError as why:
+        raise CheckpointError(f"{path} cannot be written: {why.strerror or why}; nothing was left behind") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _publish(temporary: Path, path: Path, *, overwrite: bool) -> None:
+    if overwrite:
+        temporary.replace(path)
+        return
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise UsageError(f"{path} was created by another process meanwhile; name another with -o") from None
+    except OSError:
+        temporary.replace(path)  # a file system without hard links
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def copy(source: Path, target: Path, progress: Progress | None = None) -> None:
+    """Copy a file's bytes, by the kernel's own copy where there is one.
+
+    Raises:
+        OSError: the disk is full, or a file cannot be read or written.
+    """
+    with source.open("rb") as read, target.open("wb") as write:
+        left = os.fstat(read.fileno()).st_size
+        while left:
+            step = _copy_step(read.fileno(), write.fileno(), min(left, _COPY_STEP))
+            if not step:
+                raise OSError(0, f"{source} shrank while it was copied")
+            left -= step
+            if progress:
+                progress(step)
+
+
+def _copy_step(read: int, write: int, count: int) -> int:
+    try:
+        return os.copy_file_range(read, write, count)
+    except (AttributeError, OSError) as why:
+        if isinstance(why, OSError) and why.errno not in _NO_COPY_RANGE:
+            raise
+    data = os.read(read, count)
+    view = memoryview(data)
+    while view:
+        view = view[os.write(write, view) :]
+    return len(data)
+
+
+def _errnos(*names: str) -> frozenset[int]:
+    import errno
+
+    return frozenset(getattr(errno, n) for n in names if hasattr(errno, n))
+
+
+_NO_COPY_RANGE = _errnos("ENOSYS", "EXDEV", "EINVAL", "EOPNOTSUPP", "EPERM", "EBADF")
+
+
+def sync(path: Path) -> None:
+    """Force a file and its name in its folder to disk."""
+    for each, flags in ((path, os.O_RDONLY), (path.parent, os.O_RDONLY | os.O_DIRECTORY)):
+        fd = os.open(each, flags)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def digest(path: Path, *, limit: int | None = DIGEST_LIMIT) -> str | None:
+    """SHA-256 of a file as ``sha256:…``, or None when the file is larger than `limit` bytes."""
+    if limit is not None and path.stat().st_size > limit:
+        return None
+    with path.open("rb") as file:
+        return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"

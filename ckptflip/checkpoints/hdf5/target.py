@@ -1,0 +1,298 @@
+"""An HDF5 checkpoint: its catalogue, its words, and how they are altered."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from h5py import h5d, h5s
+from numpy.typing import NDArray
+
+from ckptflip.checkpoints import patch
+from ckptflip.checkpoints.hdf5.checksums import TouchedWords, checksum_patches
+from ckptflip.checkpoints.hdf5.places import Chunks, Place, intra_record, segments_of, split
+from ckptflip.checkpoints.hdf5.rewrite import rewrite
+from ckptflip.checkpoints.hdf5.walker import Dataset, walk
+from ckptflip.checkpoints.target import Changes, Skipped
+from ckptflip.errors import CheckpointError
+from ckptflip.faults.catalogue import Tensor
+
+_BLOCK_BYTES = 1 << 24
+
+
+class HDF5Checkpoint:
+    """Any HDF5 file, whoever wrote it. See `ckptflip.checkpoints.target.Checkpoint`.
+
+    Args:
+        path: the file. The caller holds its lock (`ckptflip.checkpoints.files.locked`).
+
+    Raises:
+        CheckpointError: not HDF5, truncated or damaged.
+    """
+
+    format = "hdf5"
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._file = _open(path)
+        except OSError as why:
+            raise CheckpointError(_why_unreadable(path, why)) from None
+        try:
+            size = path.stat().st_size
+            self._user_block = self._file.userblock_size
+            found = walk(self._file.id, size, self._user_block)
+        except (OSError, RuntimeError, KeyError, ValueError) as why:
+            self._file.close()
+            raise CheckpointError(f"{path} is damaged HDF5: {why}") from None
+        self._size = size
+        self._descriptor = os.open(path, os.O_RDONLY)
+        self._datasets, self._fields = found.datasets, found.fields
+        self.tensors: Sequence[Tensor] = found.tensors
+        self.skipped: Sequence[Skipped] = found.skipped
+        self._chunks: dict[bytes, Chunks] = {}
+
+    def close(self) -> None:
+        """Release the file; closing twice is allowed."""
+        if self._descriptor >= 0:
+            self._file.close()
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def read(self, tensor: int, words: NDArray[np.int64]) -> NDArray[Any]:
+        """Words of one tensor at ascending positions, unsigned, native byte order.
+
+        Raises:
+            CheckpointError: the data cannot be read.
+        """
+        try:
+            return self._read(tensor, words)
+        except (OSError, RuntimeError, ValueError) as why:
+            raise CheckpointError(f"{self.path}: {self.tensors[tensor].name} cannot be read: {why}") from None
+
+    def _read(self, tensor: int, words: NDArray[np.int64]) -> NDArray[Any]:
+        place = self._datasets[tensor]
+        stored = self._stored_dtype(tensor)
+        if not words.size:
+            return np.empty(0, stored.newbyteorder("="))
+        if place.kind in ("flat", "external"):
+            found = np.empty(words.size, stored.newbyteorder("="))
+            for part in self._flat_places(tensor, words):
+                found[part.rows] = part.read(stored)
+            return found
+        if place.kind == "chunked":
+            return self._read_chunked(tensor, words, stored)
+        records, inner = split(words, self._fields[tensor])
+        raw = self._library_records(place, records)
+        return intra_record(raw, inner, self._fields[tensor], stored)
+
+    def _read_chunked(self, tensor: int, words: NDArray[np.int64], stored: np.dtype[Any]) -> NDArray[Any]:
+        place, field = self._datasets[tensor], self._fields[tensor]
+        found = np.empty(words.size, stored.newbyteorder("="))
+        chunks = self._chunks_of(place)
+        records, inner = split(words, field)
+        for part in chunks.locate(records):
+            if part.offset is not None and not place.coded and not part.filter_mask:
+                offsets = part.offset + part.within * place.record + field.offset + inner[part.rows] * stored.itemsize
+                order = np.argsort(offsets)
+                found[part.rows[order]] = patch.read_words(self._descriptor, stored, offsets[order])
+            else:
+                chunk = chunks.decoded(part.coordinates)
+                found[part.rows] = intra_record(chunk[part.within], inner[part.rows], field, stored)
+        return found
+
+    def blocks(self, tensor: int) -> Iterator[NDArray[Any]]:
+        """All words of one tensor in order, in blocks of some 16 MiB, native byte order."""
+        place, field = self._datasets[tensor], self._fields[tensor]
+        number = self.tensors[tensor].number
+        total = self.tensors[tensor].words
+        if not total:
+            return
+        plain = place.record == field.words * number.word_size
+        step = max(1, _BLOCK_BYTES // number.word_size)
+        if place.kind == "chunked":
+            # Whole rows of chunks, so that no chunk is decoded twice.
+            per_row = prod(place.shape[1:]) * field.words
+            step = max(1, step // (per_row * place.chunk[0])) * place.chunk[0] * per_row
+        stored = self._stored_dtype(tensor)
+        for start in range(0, total, step):
+            end = min(total, start + step)
+            if place.kind == "flat" and plain:
+                raw = os.pread(self._descriptor, (end - start) * stored.itemsize, place.offset + start * stored.itemsize)
+                yield np.frombuffer(raw, stored).astype(stored.newbyteorder("="), copy=False)
+            elif place.kind == "chunked" and plain:
+                yield self._chunk_rows(tensor, start // per_row, -(-end // per_row), stored)
+            else:
+                yield self.read(tensor, np.arange(start, end, dtype=np.int64))
+
+    def _chunk_rows(self, tensor: int, first: int, last: int, stored: np.dtype[Any]) -> NDArray[Any]:
+        """Rows first … last-1 of a chunked tensor of plain records, chunk by chunk."""
+        place = self._datasets[tensor]
+        rows = np.empty((last - first, *place.shape[1:]), f"V{place.record}")
+        chunks = self._chunks_of(place)
+        for origin in chunks.origins(first, last):
+            here = tuple(
+                slice(o - (first if axis == 0 else 0), min(o + c, n) - (first if axis == 0 else 0))
+                for axis, (o, c, n) in enumerate(zip(origin, place.chunk, (last, *place.shape[1:]), strict=True))
+            )
+            kept = tuple(slice(s.stop - s.start) for s in here)
+            chunk = chunks.decoded(origin)
+            rows[here] = chunk.view(f"V{place.record}").reshape(place.chunk)[kept]
+        return rows.reshape(-1).view(stored).astype(stored.newbyteorder("="), copy=False)
+
+    def by_patching(self, tensors: Sequence[int], words: Sequence[NDArray[np.int64]] | None = None) -> bool:
+        """Whether these words can be altered byte for byte, without rewriting the file.
+
+        Args:
+            tensors: positions in the catalogue.
+            words: for each, the words meant; unallocated chunks among them need a rewrite.
+        """
+        return all(self._patchable(t, None if words is None else words[i]) for i, t in enumerate(tensors))
+
+    def _patchable(self, tensor: int, words: NDArray[np.int64] | None) -> bool:
+        place = self._datasets[tensor]
+        if place.kind != "chunked":
+            return place.kind in ("flat", "external")
+        if place.coded:
+            return False
+        if words is None:
+            return True
+        records, _ = split(words, self._fields[tensor])
+        return all(p.offset is not None and not p.filter_mask for p in self._chunks_of(place).locate(records))
+
+    def alter(self, changes: Changes, checksum: str, path: Path | None = None) -> None:
+        """Alter words, in this file by patching, or in a copy of it by whatever its layout needs.
+
+        Args:
+            changes: masks by tensor and word.
+            checksum: ``repair``: Fletcher-32 checksums are made right again where they were right before;
+                ``leave``: they stay as they are.
+            path: the copy. None: this very file.
+
+        Raises:
+            CheckpointError: the change cannot be made; this file is as it was before.
+        """
+        patches: list[patch.Patch] = []
+        touched: dict[bytes, list[TouchedWords]] = {}
+        rest: dict[int, slice] = {}
+        target = path or self.path
+        for tensor, rows in changes.by_tensor():
+            words = changes.word[rows]
+            if not self._patchable(tensor, words) or (path is not None and self._datasets[tensor].kind == "external"):
+                if path is None:
+                    raise CheckpointError(f"{self.tensors[tensor].name} cannot be altered in place; write a new file with -o")
+                rest[tensor] = rows
+                continue
+            patches += self._patches(tensor, words, changes.mask[rows], target)
+            place = self._datasets[tensor]
+            if checksum == "repair" and place.filters:
+                touched.setdefault(place.key, []).append(
+                    TouchedWords(self._fields[tensor], words, changes.mask[rows], changes.fault[rows])
+                )
+        checksums = [
+            p
+            for key, several in touched.items()
+            for p in checksum_patches(self._chunks[key], several, self._descriptor, target)
+        ]
+        gathered = {t: self._gather(t) for t in rest if self._is_gathered(t)}
+        self.close()
+        # Checksums last: until then the old ones prove, after a kill, which words are still to be undone.
+        patch.apply_patches([*patches, *checksums])
+        if rest:
+            rewrite(target, changes, rest, self.tensors, self._datasets, self._fields, checksum, gathered)
+
+    def _is_gathered(self, tensor: int) -> bool:
+        """Whether a copy must hold the data itself, because the original lies in other files."""
+        return self._datasets[tensor].kind == "external" or self._datasets[tensor].virtual
+
+    def _gather(self, tensor: int) -> NDArray[np.uint8]:
+        """All records of a tensor's dataset, shape (records, bytes of a record)."""
+        place = self._datasets[tensor]
+        if place.virtual:
+            return self._library_records(place, np.arange(place.records, dtype=np.int64))
+        every = np.arange(0, place.records * place.record, dtype=np.int64)
+        parts = segments_of(place, every, self.path, self.tensors[tensor].name)
+        return np.concatenate([p.read(np.dtype("u1")) for p in parts]).reshape(-1, place.record)
+
+    def _patches(
+        self, tensor: int, words: NDArray[np.int64], masks: NDArray[np.uint64], target: Path
+    ) -> list[patch.Patch]:
+        stored = self._stored_dtype(tensor)
+        masks = masks.astype(stored.newbyteorder("="))
+        if self._datasets[tensor].kind != "chunked":
+            parts = self._flat_places(tensor, words)
+            return [
+                patch.Patch(str(target) if p.path == str(self.path) else p.path, stored, p.offsets, masks[p.rows])
+                for p in parts
+            ]
+        offsets = self._chunk_offsets(tensor, words)
+        order = np.argsort(offsets)
+        return [patch.Patch(str(target), stored, offsets[order], masks[order])]
+
+    def _chunk_offsets(self, tensor: int, words: NDArray[np.int64]) -> NDArray[np.int64]:
+        place, field = self._datasets[tensor], self._fields[tensor]
+        records, inner = split(words, field)
+        offsets = np.empty(words.size, np.int64)
+        for part in self._chunks_of(place).locate(records):
+            assert part.offset is not None
+            intra = field.offset + inner[part.rows] * field.number.word_size
+            offsets[part.rows] = part.offset + part.within * place.record + intra
+        return offsets
+
+    def _stored_dtype(self, tensor: int) -> np.dtype[Any]:
+        field = self._fields[tensor]
+        return field.number.word_dtype.newbyteorder(field.order)  # type: ignore[arg-type]
+
+    def _flat_places(self, tensor: int, words: NDArray[np.int64]) -> list[Place]:
+        place, field = self._datasets[tensor], self._fields[tensor]
+        records, inner = split(words, field)
+        logical = records * place.record + field.offset + inner * field.number.word_size
+        if place.kind == "flat":
+            return [Place(str(self.path), place.offset + logical, np.arange(words.size), self._descriptor)]
+        return segments_of(place, logical, self.path, self.tensors[tensor].name)
+
+    def _chunks_of(self, place: Dataset) -> Chunks:
+        if place.key not in self._chunks:
+            dataset = h5d.open(self._file.id, place.key)
+            self._chunks[place.key] = Chunks(dataset, place, self._size, self._descriptor, self._user_block)
+        return self._chunks[place.key]
+
+    def _library_records(self, place: Dataset, records: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """Records that only the library reaches, shape (records, bytes)."""
+        dataset = h5d.open(self._file.id, place.key)
+        kind = dataset.get_type()
+        if not place.shape:
+            scalar = np.empty((), f"V{place.record}")
+            dataset.read(h5s.ALL, h5s.ALL, scalar, kind)
+            return np.repeat(scalar.reshape(1), records.size).view(np.uint8).reshape(-1, place.record)
+        wanted, back = np.unique(records, return_inverse=True)
+        space = dataset.get_space()
+        space.select_elements(np.stack(np.unravel_index(wanted, place.shape), axis=1).astype(np.uint64))
+        found = np.empty(wanted.size, f"V{place.record}")
+        dataset.read(h5s.create_simple(found.shape), space, found, kind)
+        return found[back].view(np.uint8).reshape(-1, place.record)
+
+
+def _open(path: Path) -> h5py.File:
+    """Open for reading under the lock that the caller holds, so without HDF5's own."""
+    try:
+        return h5py.File(path, "r", locking=False)
+    except OSError as why:
+        if "locking flag" not in str(why):
+            raise
+        # This very process holds the file open, with locks; then HDF5 insists on them here too.
+        return h5py.File(path, "r")
+
+
+def _why_unreadable(path: Path, why: OSError) -> str:
+    text = str(why)
+    if "truncated" in text:
+        return f"{path} is a truncated HDF5 file: its end is missing. Copy or download it again"
+    if "file signature not found" in text or path.stat().st_size == 0:
+        return f"{path} is not an HDF5 file (its signature is missing)"
+    return f"{path} is damaged HDF5: {text}"

@@ -1,0 +1,258 @@
+"""Walking an HDF5 file: every dataset once, by storage, with all its names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from math import prod
+from typing import Any
+
+import h5py
+import numpy as np
+from h5py import h5a, h5d, h5g, h5l, h5o, h5s, h5t
+
+from ckptflip.checkpoints.hdf5 import types
+from ckptflip.checkpoints.roles import guess
+from ckptflip.checkpoints.target import Skipped
+from ckptflip.faults.catalogue import Tensor
+
+# Hard links may form cycles, and nested ones multiply names without end: beyond this many visits, no more aliases.
+_MOST_ALIAS_VISITS = 100_000
+_MOST_DEPTH = 200
+_FILTERS = {1: "gzip", 2: "shuffle", 3: "fletcher32", 4: "szip", 5: "nbit", 6: "scale-offset", 32000: "lzf"}
+FLETCHER32 = 3
+_SCALE_OFFSET = 6
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """Where one dataset keeps its records.
+
+    Attributes:
+        key: its path in the file, as stored.
+        shape: its shape in records; () for a scalar.
+        record: bytes of one record.
+        kind: ``flat`` (contiguous), ``external``, ``chunked``, or ``library`` (compact, unallocated and
+            virtual: only the HDF5 library reaches them).
+        offset: for ``flat``, the first byte.
+        segments: for ``external``, (file name, offset, bytes) in order.
+        chunk: for ``chunked``, the chunks' shape.
+        filters: for ``chunked``, the filters' numbers in pipeline order.
+        virtual: whether the library gathers it from other files.
+    """
+
+    key: bytes
+    shape: tuple[int, ...]
+    record: int
+    kind: str
+    offset: int = 0
+    segments: tuple[tuple[str, int, int], ...] = ()
+    chunk: tuple[int, ...] = ()
+    filters: tuple[int, ...] = ()
+    virtual: bool = False
+
+    @property
+    def records(self) -> int:
+        """How many records there are."""
+        return prod(self.shape)
+
+    @property
+    def coded(self) -> bool:
+        """Whether chunks are stored other than byte for byte (a Fletcher-32 checksum leaves the bytes alone)."""
+        return any(f != FLETCHER32 for f in self.filters)
+
+
+@dataclass(slots=True)
+class Found:
+    """What a walk found: `tensors[i]` is `fields[i]` of `datasets[i]`."""
+
+    tensors: list[Tensor] = field(default_factory=list)
+    datasets: list[Dataset] = field(default_factory=list)
+    fields: list[types.Field] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
+
+
+def walk(file: Any, size: int, user_block: int) -> Found:
+    """List the tensors of an open HDF5 file.
+
+    Args:
+        file: the low-level file identifier.
+        size: bytes in the file, to check offsets against.
+        user_block: bytes before HDF5's own first byte.
+    """
+    return _Walk(file, size, user_block).run()
+
+
+class _Walk:
+    def __init__(self, file: Any, size: int, user_block: int) -> None:
+        self._root = h5g.open(file, b"/")
+        self._size = size
+        self._user_block = user_block
+        self._found = Found()
+        self._at: dict[int, tuple[int, int]] = {}
+        self._aliases: dict[int, list[str]] = {}
+        self._group_names: dict[int, bytes] = {}
+        self._later: list[tuple[bytes, bytes]] = []
+        self._visits = 0
+
+    def run(self) -> Found:
+        root = h5o.get_info(self._root).addr
+        self._group_names[root] = b""
+        self._group(self._root, b"", 0)
+        for alias, target in self._later:
+            self._alias(alias, target)
+        for address, names in self._aliases.items():
+            for i in range(*self._at[address]):
+                tensor = self._found.tensors[i]
+                suffix = self._found.fields[i].suffix
+                aliases = tuple(dict.fromkeys(n + suffix for n in names if n + suffix != tensor.name))
+                self._found.tensors[i] = replace(tensor, aliases=aliases)
+        return self._found
+
+    def _group(self, group: Any, prefix: bytes, depth: int) -> None:
+        if depth > _MOST_DEPTH:
+            self._skip(prefix, f"groups nested more than {_MOST_DEPTH} deep")
+            return
+        names = list(group)
+        siblings: set[str] | None = None
+        given = _text_attribute(group, b"name")
+        for name in names:
+            path = prefix + name
+            link = group.links.get_info(name).type
+            if link == h5l.TYPE_SOFT:
+                self._later.append((path, b"/".join([prefix.rstrip(b"/"), name])))
+                continue
+            if link != h5l.TYPE_HARD:
+                self._skip(path, "a link to another file; name that file instead")
+                continue
+            member = h5o.open(group, name)
+            if isinstance(member, h5d.DatasetID):
+                if siblings is None:
+                    siblings = {_text(n) for n in names}
+                self._dataset(member, path, siblings, given)
+            elif isinstance(member, h5g.GroupID):
+                address = h5o.get_info(member).addr
+                if address in self._group_names:
+                    self._later.append((path, self._group_names[address]))
+                else:
+                    self._group_names[address] = path
+                    self._group(member, path + b"/", depth + 1)
+
+    def _alias(self, alias: bytes, target: bytes, above: frozenset[int] = frozenset()) -> None:
+        """Note that `alias` is another name of the dataset, or of all datasets in the group, at `target`."""
+        self._visits += 1
+        if self._visits > _MOST_ALIAS_VISITS:
+            if self._visits == _MOST_ALIAS_VISITS + 1:
+                self._skip(alias, "more aliases than can be listed; the tensors are all there under their first names")
+            return
+        try:
+            member = h5o.open(self._root, target or b"/")
+        except (KeyError, OSError):
+            self._skip(alias, "a dangling link")
+            return
+        info = h5o.get_info(member)
+        if isinstance(member, h5d.DatasetID):
+            if info.addr in self._at:
+                self._aliases.setdefault(info.addr, []).append(_text(alias))
+            return
+        if isinstance(member, h5g.GroupID):
+            home = self._group_names.get(info.addr)
+            # A group that holds itself would give names without end.
+            if home is None or info.addr in above or (alias + b"/").startswith(home + b"/" if home else b""):
+                return
+            for name in member:
+                if member.links.get_info(name).type == h5l.TYPE_HARD:
+                    self._alias(alias + b"/" + name, home + b"/" + name, above | {info.addr})
+
+    def _dataset(self, dataset: Any, path: bytes, siblings: set[str], given: str) -> None:
+        address = h5o.get_info(dataset).addr
+        if address in self._at:
+            self._aliases.setdefault(address, []).append(_text(path))
+            return
+        start = len(self._found.tensors)
+        try:
+            self._tensors(dataset, path, siblings, given)
+        except types.NotNumbersError as why:
+            self._skip(path, str(why))
+        self._at[address] = (start, len(self._found.tensors))
+
+    def _tensors(self, dataset: Any, path: bytes, siblings: set[str], given: str) -> None:
+        if dataset.get_space().get_simple_extent_type() == h5s.NULL:
+            raise types.NotNumbersError("null: it has a type but no elements")
+        kind = dataset.get_type()
+        named = _text_attribute(dataset, b"dtype") if kind.get_class() in (h5t.INTEGER, h5t.OPAQUE) else ""
+        found = types.fields(kind, named)
+        shape = dataset.shape
+        place, layout = self._place(dataset, path, shape, kind.get_size())
+        name = _text(path)
+        for each in found:
+            whole = shape + each.shape
+            layer, role = guess(name + each.suffix, each.number, len(whole), siblings, given)
+            offset = place.offset + each.offset if place.kind == "flat" else None
+            tensor = Tensor(name + each.suffix, whole, each.number, each.order, layer, role, (), layout, offset)
+            self._found.tensors.append(tensor)
+            self._found.datasets.append(place)
+            self._found.fields.append(each)
+
+    def _place(self, dataset: Any, path: bytes, shape: tuple[int, ...], record: int) -> tuple[Dataset, str]:
+        creation = dataset.get_create_plist()
+        layout = creation.get_layout()
+        if layout == h5d.CONTIGUOUS:
+            if creation.get_external_count():
+                segments = tuple(
+                    (name.decode("utf-8", "surrogateescape"), offset, length)
+                    for name, offset, length in map(creation.get_external, range(creation.get_external_count()))
+                )
+                return Dataset(path, shape, record, "external", segments=segments), "external"
+            offset = dataset.get_offset()
+            # With a user block, HDF5 adds its length even to "nowhere", the largest address.
+            if offset is None or offset < self._user_block:
+                return Dataset(path, shape, record, "library"), "unallocated"
+            if offset + prod(shape) * record > self._size:
+                raise types.NotNumbersError(
+                    f"damaged: its data would end at byte {offset + prod(shape) * record} of a file of {self._size} bytes"
+                )
+            return Dataset(path, shape, record, "flat", offset), "contiguous"
+        if layout == h5d.CHUNKED:
+            return self._chunked(creation, path, shape, record)
+        if layout == h5d.COMPACT:
+            return Dataset(path, shape, record, "library"), "compact"
+        sources = {creation.get_virtual_filename(i) for i in range(creation.get_virtual_count())}
+        if sources <= {"."}:
+            raise types.NotNumbersError("a view of other datasets in this file, which are listed themselves")
+        return Dataset(path, shape, record, "library", virtual=True), "virtual"
+
+    def _chunked(self, creation: Any, path: bytes, shape: tuple[int, ...], record: int) -> tuple[Dataset, str]:
+        pipeline = [creation.get_filter(i) for i in range(creation.get_nfilters())]
+        filters = tuple(f[0] for f in pipeline)
+        names = [_FILTERS.get(f[0], f"filter {f[0]}") for f in pipeline]
+        if not creation.all_filters_avail():
+            raise types.NotNumbersError(f"compressed by a filter that is not installed ({', '.join(names)})")
+        for number, _, options, _ in pipeline:
+            # Options: the scale type (2 for integers), then the bits kept (0: as many as it takes, lossless).
+            if number == _SCALE_OFFSET and options[:2] != (2, 0):
+                raise types.NotNumbersError("kept by a lossy filter (scale-offset), which cannot store altered words exactly")
+        layout = ", ".join(["chunked", *names])
+        return Dataset(path, shape, record, "chunked", chunk=creation.get_chunk(), filters=filters), layout
+
+    def _skip(self, path: bytes, reason: str) -> None:
+        self._found.skipped.append(Skipped(_text(path), reason))
+
+
+def _text(name: bytes) -> str:
+    return name.decode("utf-8", "backslashreplace")
+
+
+def _text_attribute(owner: Any, name: bytes) -> str:
+    """A short text attribute, or "" where there is none."""
+    if not h5a.exists(owner, name):
+        return ""
+    attribute = h5a.open(owner, name)
+    if attribute.get_storage_size() > 4096 or attribute.shape not in ((), (1,)):
+        return ""
+    if h5py.check_string_dtype(attribute.dtype) is None:
+        return ""
+    value = np.empty(attribute.shape, attribute.dtype)
+    attribute.read(value)
+    text = value.reshape(-1)[0]
+    return text.decode("utf-8", "replace") if isinstance(text, bytes) else str(text)
+

@@ -1,0 +1,112 @@
+"""Guessing layer and role of a tensor from its name, by the conventions of Keras, PyTorch and Chainer.
+
+A guess, never a fact: selections by name are always possible, and `roles` in a policy only ever filters.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+
+from ckptflip.bits import NumberFormat
+
+# Parts of a path that group tensors without naming a layer.
+_CONTAINERS = frozenset(
+    "model state_dict model_state_dict model_weights optimizer optimizer_weights optimizer_state optimizer_state_dict "
+    "state layers _layer_checkpoint_dependencies params weights vars updater model:main optimizer:main _ema".split()
+)
+_RNG = frozenset("rng rng_state rng_states seed_generator seed_generator_state".split())
+_COUNTERS = frozenset("num_batches_tracked step steps iteration iterations epoch global_step t N".split())
+_STATISTICS = frozenset("running_mean running_var moving_mean moving_variance avg_mean avg_var".split())
+_WEIGHTS = frozenset("weight kernel W w weights in_proj_weight".split())
+_WEIGHT_LIKE = re.compile(r"(weight|kernel)(_|$)|_(weight|kernel)$")
+_NORM_LIKE = re.compile(r"(^|_)(bn|batch_?norm(alization)?|layer_?norm(alization)?|group_?norm|norm|ln)(_?\d+)?$")
+_EMBEDDING_LIKE = re.compile(r"(^|_)(emb|embed|embedding|embeddings|emb_l)(_?\d+)?$")
+
+
+def guess(path: str, number: NumberFormat, ndim: int, siblings: Collection[str], given: str = "") -> tuple[str, str]:
+    """The layer and the role of a tensor.
+
+    Args:
+        path: its name in the file, parts joined by ``/``.
+        number: its number format.
+        ndim: how many axes it has.
+        siblings: names beside it in the same group.
+        given: the real name that the file gives the parent group (Keras 3, and optimizer state), or "".
+
+    Returns:
+        The layer ("" where the name tells none) and one of `ckptflip.faults.ROLES`.
+
+    Example:
+        >>> from ckptflip.bits import lookup
+        >>> guess("model/conv1.weight", lookup("float32"), 4, ["conv1.weight", "conv1.bias"])
+        ('conv1', 'weight')
+        >>> guess("model_weights/dense/dense/bias:0", lookup("float32"), 1, [])
+        ('dense', 'bias')
+    """
+    parts = path.strip("/").split("/")
+    leaf = re.sub(r":\d+$", "", parts[-1])
+    owner, _, variable = leaf.rpartition(".")
+    words = [*parts[:-1], *owner.split(".")]
+    if re.fullmatch(r"real|imag", variable) and owner:
+        owner, _, variable = owner.rpartition(".")
+    layer = _layer(parts, owner, given)
+    return layer, _role(words, variable, number, ndim, siblings, owner, given)
+
+
+def _layer(parts: list[str], owner: str, given: str) -> str:
+    if given:
+        # An optimizer slot is named after its parameter: conv1.weight belongs to conv1.
+        return given.rpartition(".")[0] or given
+    groups = parts[:-1]
+    if "model_weights" in groups:
+        # Keras 2 repeats the layer's name inside its own group; variables may lie deeper still.
+        at = groups.index("model_weights") + 1
+        return groups[at] if at < len(groups) else owner
+    named = [g for g in groups if g not in _CONTAINERS and not g.isdecimal()]
+    return "/".join([*named, *([owner] if owner else [])])
+
+
+def _role(
+    words: list[str],
+    variable: str,
+    number: NumberFormat,
+    ndim: int,
+    siblings: Collection[str],
+    owner: str,
+    given: str,
+) -> str:
+    if variable in _RNG or _RNG.intersection(words):
+        return "rng"
+    if variable in _COUNTERS and ndim <= 1:
+        return "counter"
+    if any(w.startswith("optimizer") for w in words):
+        return "counter" if variable == "0" and ndim == 0 and not number.is_float else "optimizer"
+    if variable in _STATISTICS:
+        return "statistic"
+    nearest = [w for w in words if w and w not in _CONTAINERS][-1:]
+    is_norm = any(_NORM_LIKE.search(w) for w in [*nearest, *owner.split(".")[-1:], given] if w)
+    if variable.isdecimal() and "vars" in words:
+        return _keras3(int(variable), ndim, nearest, is_norm)
+    if variable in ("gamma", "beta"):
+        return "norm"
+    is_bias = variable in ("bias", "b", "in_proj_bias") or variable.startswith("bias_")
+    is_weight = variable in _WEIGHTS or _WEIGHT_LIKE.search(variable) is not None
+    prefix = f"{owner}." if owner else ""
+    beside_statistics = any(f"{prefix}{s}" in siblings for s in ("running_mean", "avg_mean", "moving_mean"))
+    if (is_bias or is_weight) and ndim <= 1 and (is_norm or beside_statistics):
+        return "norm"
+    if is_bias:
+        return "bias"
+    if variable in ("embeddings", "embedding") or (is_weight and any(_EMBEDDING_LIKE.search(w) for w in words)):
+        return "embedding"
+    return "weight" if is_weight else "other"
+
+
+def _keras3(position: int, ndim: int, nearest: list[str], is_norm: bool) -> str:
+    """Keras 3 numbers a layer's variables: 0 kernel, 1 bias; a normalisation's 0 gamma, 1 beta, 2 mean, 3 variance."""
+    if is_norm:
+        return "norm" if position < 2 else "statistic"
+    if any(_EMBEDDING_LIKE.search(w) for w in nearest):
+        return "embedding"
+    return "weight" if ndim >= 2 else "bias"

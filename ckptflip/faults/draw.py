@@ -1,0 +1,254 @@
+"""Drawing the faults of one policy: the population of units, the draw, the guards."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ckptflip.bits import BitSpec, NumberFormat, classify
+from ckptflip.errors import GuardError, SelectionError
+from ckptflip.faults import elements, models, sampling
+from ckptflip.faults.catalogue import Tensor, select
+from ckptflip.faults.plan import Plan, ReadWords
+from ckptflip.faults.policy import Policy
+
+# A guard that rejects all but one draw in a hundred still ends well within this many rounds.
+MOST_ROUNDS = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class _Stratum:
+    """The units of one tensor: eligible elements × placements, numbered from `start`."""
+
+    tensor: int
+    number: NumberFormat
+    elements: elements.Elements
+    parts: NDArray[np.int64]
+    masks: NDArray[np.uint64]
+    start: int
+
+    @property
+    def units(self) -> int:
+        return self.elements.size * self.masks.size
+
+
+class Population:
+    """All units that one policy may hit in a catalogue.
+
+    A unit is the smallest thing drawn: a bit, a placement of a burst or mask, or a word.
+
+    Args:
+        policy: what may be hit.
+        tensors: the catalogue.
+        read: hands out the target's words.
+        position: of this policy among those combined; part of the random key.
+
+    Raises:
+        SelectionError: there is nothing to hit.
+    """
+
+    def __init__(self, policy: Policy, tensors: Sequence[Tensor], read: ReadWords, position: int = 0) -> None:
+        self.policy = policy
+        self.model = models.parse(policy.fault)
+        self._read = read
+        self._position = position
+        chosen = select(tensors, names=policy.tensors, layers=policy.layers, roles=policy.roles)
+        groups = _groups(chosen, tensors, policy.design)
+        self._strata: list[_Stratum] = []
+        self._ends: list[int] = []
+        self.units = 0
+        for group in groups:
+            for tensor in group:
+                self._add(tensor, tensors[tensor])
+            if self.units > (self._ends[-1] if self._ends else 0):
+                self._ends.append(self.units)
+        if not self.units:
+            raise SelectionError(_nothing_eligible(policy, [tensors[i] for i in chosen]))
+        self._starts = np.array([s.start for s in self._strata], np.int64)
+
+    def _add(self, position: int, tensor: Tensor) -> None:
+        eligible = BitSpec(self.policy.bits).mask(tensor.number)
+        placements = self.model.placements(tensor.number, eligible)
+        chosen = elements.choose(tensor.shape, self.policy.rows, self.policy.slice)
+        if placements and chosen.size:
+            parts = np.array([part for part, _ in placements], np.int64)
+            masks = np.array([mask for _, mask in placements], np.uint64)
+            stratum = _Stratum(position, tensor.number, chosen, parts, masks, self.units)
+            self._strata.append(stratum)
+            self.units += stratum.units
+
+    def draw(self, seed: int) -> Plan:
+        """The faults of this policy for a seed.
+
+        Raises:
+            SelectionError: more is wanted than there is.
+            GuardError: the guards, or overlaps of wide faults, cannot be met.
+        """
+        policy = self.policy
+        stream = sampling.Stream(seed, self._position)
+        if policy.ber is not None:
+            units = sampling.bernoulli(stream, self.units, policy.ber)
+        else:
+            units = self._distinct(stream, self._amount())
+        guards = policy.guards()
+        separate = self.model.is_wide and policy.ber is None
+        if not guards and not separate:
+            return self._resolve(units)[0]
+        return self._guarded(stream, units, guards, separate)
+
+    def _amount(self) -> int:
+        policy = self.policy
+        if policy.fraction is not None:
+            return max(1, round(policy.fraction * self.units))
+        count = 1 if policy.count is None else policy.count
+        if count > self.units:
+            unit = "words" if self.model.hits_words else "placements" if self.model.is_wide else "bits"
+            raise SelectionError(f"count {count} is larger than the {self.units} eligible {unit}; ask for fewer or widen the selection")
+        return count
+
+    def _distinct(self, stream: sampling.Stream, n: int, taken: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
+        """`n` more units by the policy's design, none of them in `taken`; ascending."""
+        if len(self._ends) == 1 or self.policy.design == "uniform":
+            return sampling.distinct(stream, self.units, n, taken)
+        barred = np.empty(0, np.int64) if taken is None else taken
+        starts = np.array([0, *self._ends[:-1]], np.int64)
+        cuts = np.searchsorted(barred, [*starts.tolist(), self.units])
+        room = np.diff([0, *self._ends]) - np.diff(cuts)
+        wanted = _even_draw(stream, room, n)
+        drawn = [
+            low + sampling.distinct(stream, end - low, k, barred[a:b] - low)
+            for low, end, k, a, b in zip(starts.tolist(), self._ends, wanted.tolist(), cuts[:-1], cuts[1:], strict=True)
+            if k
+        ]
+        return np.concatenate(drawn) if drawn else np.empty(0, np.int64)
+
+    def _guarded(
+        self, stream: sampling.Stream, units: NDArray[np.int64], guards: dict[str, float], separate: bool
+    ) -> Plan:
+        wanted = units.size
+        rejected = np.empty(0, np.int64)
+        for _ in range(MOST_ROUNDS):
+            plan, owner = self._resolve(units)
+            forbidden = self._forbidden(plan, guards)
+            bad = forbidden[owner]
+            rejected = sampling.union(rejected, units[bad])
+            if separate:
+                bad |= self._overlapping(plan, owner)
+            if not bad.any():
+                return plan
+            units = units[~bad]
+            taken = sampling.union(units, rejected)
+            missing = wanted - units.size
+            if missing > self.units - taken.size:
+                break
+            units = sampling.union(units, self._distinct(stream, missing, taken))
+        raise GuardError(self._impossible(wanted, guards, separate))
+
+    def _resolve(self, units: NDArray[np.int64]) -> tuple[Plan, NDArray[np.int64]]:
+        """The plan of drawn units, and for each unit the row of the plan it became part of."""
+        columns: list[tuple[NDArray[np.int64], NDArray[np.uint64], NDArray[np.uint64], NDArray[np.uint64], int]] = []
+        owner = np.empty(units.size, np.int64)
+        cuts = np.searchsorted(units, [*self._starts.tolist(), self.units])
+        rows = 0
+        for stratum, low, high in zip(self._strata, cuts[:-1].tolist(), cuts[1:].tolist(), strict=True):
+            if low == high:
+                continue
+            rank, placement = np.divmod(units[low:high] - stratum.start, stratum.masks.size)
+            words = stratum.elements.flat(rank) * stratum.number.parts + stratum.parts[placement]
+            firsts = np.flatnonzero(np.diff(words, prepend=-1))
+            owner[low:high] = rows + np.repeat(np.arange(firsts.size), np.diff(firsts, append=words.size))
+            hit = np.bitwise_or.reduceat(stratum.masks[placement], firsts)
+            words = words[firsts]
+            before = self._read(stratum.tensor, words)
+            after = self.model.apply(before, hit, stratum.number)
+            columns.append((words, hit, before.astype(np.uint64), after, stratum.tensor))
+            rows += words.size
+        return self._assembled(columns, owner)
+
+    def _assembled(
+        self,
+        columns: list[tuple[NDArray[np.int64], NDArray[np.uint64], NDArray[np.uint64], NDArray[np.uint64], int]],
+        owner: NDArray[np.int64],
+    ) -> tuple[Plan, NDArray[np.int64]]:
+        # Strata follow the groups of the design; the rows of a plan follow the catalogue.
+        order = sorted(range(len(columns)), key=lambda i: columns[i][4])
+        sizes = np.array([c[0].size for c in columns], np.int64)
+        if order != list(range(len(columns))):
+            old_starts = np.cumsum(sizes) - sizes
+            new_starts = np.empty_like(old_starts)
+            new_starts[order] = np.cumsum(sizes[order]) - sizes[order]
+            block = np.searchsorted(old_starts, owner, side="right") - 1
+            owner = owner + (new_starts - old_starts)[block]
+        parts = [columns[i] for i in order]
+        tensors = np.repeat(np.array([p[4] for p in parts], np.int32), [p[0].size for p in parts])
+        word, hit, before, after = (_joined([p[i] for p in parts], kind) for i, kind in enumerate(
+            (np.int64, np.uint64, np.uint64, np.uint64)))
+        policies = np.full(tensors.size, 1 << self._position, np.uint16)
+        return Plan(tensors, word, hit, before, after, policies), owner
+
+    def _forbidden(self, plan: Plan, guards: dict[str, float]) -> NDArray[np.bool_]:
+        """The rows whose result a guard forbids."""
+        bad = np.zeros(len(plan), bool)
+        numbers = {s.tensor: s.number for s in self._strata}
+        for tensor, rows in plan.by_tensor() if guards else ():
+            number = numbers[tensor]
+            found = classify(plan.after[rows].astype(number.word_dtype), number, guards.get("extreme", np.inf))
+            for kind in guards:
+                bad[rows] |= getattr(found, kind)
+        return bad
+
+    def _overlapping(self, plan: Plan, owner: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """The units that share a bit with another: all of them, so that no placement is favoured."""
+        bits = np.bincount(owner, minlength=len(plan)) * self.model.pattern.bit_count()
+        crowded = bits != np.bitwise_count(plan.hit)
+        return crowded[owner]
+
+    def _impossible(self, wanted: int, guards: dict[str, float], separate: bool) -> str:
+        if separate and not guards:
+            return f"{wanted} faults of {self.policy.fault!r} cannot be placed without overlap in {self.units} places; ask for fewer"
+        return (
+            f"{wanted} faults without {' or '.join(guards)} cannot be drawn from these {self.units} places: "
+            "too many of them would produce it; ask for fewer, or take bits out (such as bits 'all,!critical')"
+        )
+
+
+def _groups(chosen: list[int], tensors: Sequence[Tensor], design: str) -> list[list[int]]:
+    """The chosen tensors by what the design draws first."""
+    if design == "uniform":
+        return [chosen]
+    if design == "tensor":
+        return [[i] for i in chosen]
+    layers: dict[str, list[int]] = {}
+    for i in chosen:
+        layers.setdefault(tensors[i].layer or tensors[i].name, []).append(i)
+    return list(layers.values())
+
+
+def _even_draw(stream: sampling.Stream, room: NDArray[np.int64], n: int) -> NDArray[np.int64]:
+    """How many of `n` faults fall on each group: each fault on any group that has room, with the same chance."""
+    counts = np.zeros(room.size, np.int64)
+    while (missing := n - int(counts.sum())) > 0:
+        open_groups = np.flatnonzero(counts < room)
+        drawn = stream.below(open_groups.size, missing)
+        counts[open_groups] += np.bincount(drawn, minlength=open_groups.size)
+        counts = np.minimum(counts, room)
+    return counts
+
+
+def _joined(arrays: list[NDArray[np.uint64]], kind: type) -> NDArray[np.uint64]:
+    return np.concatenate(arrays) if arrays else np.empty(0, kind)
+
+
+def _nothing_eligible(policy: Policy, chosen: Sequence[Tensor]) -> str:
+    model = models.parse(policy.fault)
+    kinds = sorted({t.dtype for t in chosen})
+    if all(t.size == 0 for t in chosen):
+        return "the selected tensors are empty: they hold no bits"
+    if not any(model.placements(t.number, BitSpec(policy.bits).mask(t.number)) for t in chosen):
+        return f"no selected tensor has bits {policy.bits!r} with room for {policy.fault!r}; their dtypes: {', '.join(kinds)}"
+    where = f"rows {policy.rows!r}" if policy.rows is not None else f"slice {policy.slice!r}"
+    shapes = ", ".join(f"{t.name} {t.shape}" for t in chosen[:3])
+    return f"{where} lies outside every selected tensor ({shapes}{' …' if len(chosen) > 3 else ''})"

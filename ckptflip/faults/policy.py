@@ -1,0 +1,164 @@
+"""The policy: what may be hit, how much and how. From options, from Python or from TOML."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from ckptflip.bits import BitSpec
+from ckptflip.bits.values import EXTREME
+from ckptflip.errors import UsageError
+from ckptflip.faults import elements, models
+from ckptflip.faults.catalogue import expand_roles
+
+DESIGNS = ("uniform", "tensor", "layer")
+MOST_POLICIES = 16
+
+
+class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """What may be hit (tensors × elements × bits), how much, and how.
+
+    One of `count`, `fraction` and `ber` says how much; with none of them, one fault is drawn. The unit is a
+    bit for flips and stuck-at faults, a placement for bursts and masks, a word for scale and value.
+
+    Attributes:
+        tensors: globs on tensor names; ``!glob`` excludes.
+        layers: globs on layer names, likewise.
+        roles: roles or role groups.
+        rows: rows of each tensor's first axis, such as ``"0-99,200"``.
+        slice: one slice per axis, such as ``"0:16,:,3"``; instead of `rows`.
+        bits: which bits of an element, see `ckptflip.bits.BitSpec`.
+        count: this many faults, distinct.
+        fraction: this share of all eligible units, distinct (rounded to the nearest whole number).
+        ber: each eligible unit is hit independently with this probability.
+        fault: the fault model, see `ckptflip.faults.models.parse`.
+        design: ``uniform`` over eligible units; ``tensor`` or ``layer`` draws one of those first, each
+            with the same chance.
+        forbid: results to redraw: ``nan``, ``inf``, ``extreme`` or ``extreme:1e10``.
+
+    Raises:
+        UsageError: values that make no sense, alone or together.
+
+    Example:
+        >>> Policy(bits="exponent", count=10).amount
+        '10 faults'
+    """
+
+    tensors: tuple[str, ...] = ()
+    layers: tuple[str, ...] = ()
+    roles: tuple[str, ...] = ()
+    rows: str | None = None
+    slice: str | None = None
+    bits: str = "all"
+    count: int | None = None
+    fraction: float | None = None
+    ber: float | None = None
+    fault: str = "flip"
+    design: str = "uniform"
+    forbid: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        model = models.parse(self.fault)
+        BitSpec(self.bits)
+        elements.check(self.rows, self.slice)
+        expand_roles(self.roles)
+        self.guards()
+        given = [n for n in ("count", "fraction", "ber") if getattr(self, n) is not None]
+        if len(given) > 1:
+            raise UsageError(f"{' and '.join(given)} were both given; say how much in one way")
+        if self.count is not None and self.count < 1:
+            raise UsageError(f"count must be at least 1, not {self.count}")
+        for name in ("fraction", "ber"):
+            share = getattr(self, name)
+            if share is not None and not 0 < share <= 1:
+                raise UsageError(f"{name} must be above 0 and at most 1, not {share}")
+        if self.design not in DESIGNS:
+            raise UsageError(f"design {self.design!r} is not one of {', '.join(DESIGNS)}")
+        if self.ber is not None and self.design != "uniform":
+            raise UsageError(f"ber gives every bit the same chance; it cannot be drawn per {self.design}")
+        if model.hits_words and self.bits != "all":
+            raise UsageError(f"fault {self.fault!r} changes whole words; it cannot be limited to bits {self.bits!r}")
+
+    @property
+    def amount(self) -> str:
+        """How much, in words."""
+        if self.ber is not None:
+            return f"BER {self.ber:g}"
+        if self.fraction is not None:
+            return f"a fraction of {self.fraction:g}"
+        count = 1 if self.count is None else self.count
+        return f"{count} fault{'s' * (count != 1)}"
+
+    def guards(self) -> dict[str, float]:
+        """The forbidden results; the value is a threshold and only matters for ``extreme``."""
+        found: dict[str, float] = {}
+        for spec in self.forbid:
+            kind, colon, argument = spec.partition(":")
+            if kind in ("nan", "inf") and not colon:
+                found[kind] = 0.0
+                continue
+            try:
+                threshold = float(argument) if colon else EXTREME
+            except ValueError:
+                threshold = -1.0
+            if kind != "extreme" or not threshold > 0:
+                raise UsageError(f"forbid {spec!r} is not nan, inf, extreme or extreme:1e10")
+            found[kind] = threshold
+        return found
+
+
+def load(path: str | Path) -> tuple[tuple[Policy, ...], int | None]:
+    """Read policies from a TOML file.
+
+    The file is one policy (its keys at top level), or several as ``[[policy]]`` tables that are applied
+    together; ``seed`` may stand at top level.
+
+    Args:
+        path: the TOML file.
+
+    Returns:
+        The policies, and the seed or None.
+
+    Raises:
+        UsageError: no such file, not TOML, an unknown key or an impossible value; says where.
+    """
+    path = Path(path)
+    try:
+        data = tomllib.loads(path.read_text("utf-8"))
+    except OSError as why:
+        raise UsageError(f"policy {path}: {why.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as why:
+        raise UsageError(f"policy {path} is not TOML: {why}") from None
+    seed = data.pop("seed", None)
+    if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or seed < 0):
+        raise UsageError(f"policy {path}: seed must be a whole number ≥ 0, not {seed!r}")
+    tables = data.pop("policy", None)
+    if tables is not None and data:
+        raise UsageError(f"policy {path}: {', '.join(data)} stand beside [[policy]] tables; move them into one")
+    many = tables if isinstance(tables, list) else [data if tables is None else tables]
+    return tuple(_convert(table, path, i) for i, table in enumerate(many, 1)), seed
+
+
+def _convert(table: Any, path: Path, position: int) -> Policy:
+    try:
+        return msgspec.convert(table, Policy)
+    except msgspec.ValidationError as why:
+        known = ", ".join(Policy.__struct_fields__)
+        hint = f" (known keys: {known})" if "unknown field" in str(why) else ""
+        raise UsageError(f"policy {path}, policy {position}: {why}{hint}") from None
+
+
+def combine(policies: Policy | Sequence[Policy]) -> tuple[Policy, ...]:
+    """One or several policies as a tuple.
+
+    Raises:
+        UsageError: none at all, or more than `MOST_POLICIES`.
+    """
+    several = (policies,) if isinstance(policies, Policy) else tuple(policies)
+    if not 1 <= len(several) <= MOST_POLICIES:
+        raise UsageError(f"between 1 and {MOST_POLICIES} policies can be combined, not {len(several)}")
+    return several
