@@ -1,0 +1,5 @@
+"""`python -m ckptflip` is the command line."""
+
+from ckptflip.cli.main import main
+
+main()

@@ -1,0 +1,75 @@
+"""Picking one checkpoint out of many by its epoch: from a folder, or by a pattern of names."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from ckptflip.errors import CheckpointError, UsageError
+
+_FIELD = re.compile(r"\{epoch(?::(0?\d*)d)?\}")
+_NUMBER = re.compile(r"(?:epoch|ep|e)?[_\-.=]?(\d+)$", re.IGNORECASE)
+_SUFFIXES = (".h5", ".hdf5", ".hdf", ".he5", ".keras")
+
+
+def is_many(checkpoint: str | Path) -> bool:
+    """Whether a name stands for several checkpoints: a folder, or a pattern with ``{epoch}``."""
+    return _FIELD.search(str(checkpoint)) is not None or Path(checkpoint).is_dir()
+
+
+def pick(checkpoint: str | Path, epoch: int | None) -> Path:
+    """The checkpoint of an epoch.
+
+    Args:
+        checkpoint: a folder of checkpoints whose names end in their epoch (``epoch_005.h5``), or a pattern such as
+            ``runs/ckpt_{epoch:03d}.h5``.
+        epoch: which one.
+
+    Raises:
+        UsageError: no epoch was given, or a negative one.
+        CheckpointError: there is none of this epoch, or more than one.
+
+    Example:
+        >>> str(pick("runs/ckpt_{epoch:03d}.h5", 5))
+        Traceback (most recent call last):
+        ckptflip.errors.CheckpointError: runs/ckpt_005.h5 does not exist
+    """
+    if epoch is not None and epoch < 0:
+        raise UsageError(f"epoch must be 0 or more, not {epoch}")
+    text = str(checkpoint)
+    if _FIELD.search(text):
+        if epoch is None:
+            raise UsageError(f"{text} is a pattern: say which epoch with --epoch N")
+        path = Path(_FIELD.sub(lambda m: format(epoch, f"{m.group(1) or ''}d"), text))
+        if not path.exists():
+            raise CheckpointError(f"{path} does not exist")
+        return path
+    return _in_folder(Path(checkpoint), epoch)
+
+
+def _in_folder(folder: Path, epoch: int | None) -> Path:
+    by_epoch: dict[int, list[Path]] = {}
+    for path in sorted(folder.iterdir()):
+        number = _NUMBER.search(path.stem)
+        if path.suffix in _SUFFIXES and number:
+            by_epoch.setdefault(int(number.group(1)), []).append(path)
+    there = f"there are epochs {_ranges(sorted(by_epoch))}" if by_epoch else "no file in it is named after an epoch"
+    if epoch is None:
+        raise UsageError(f"{folder} is a folder: say which checkpoint with --epoch N ({there})")
+    found = by_epoch.get(epoch, [])
+    if not found:
+        raise CheckpointError(f"{folder} has no checkpoint of epoch {epoch}; {there}")
+    if len(found) > 1:
+        raise CheckpointError(f"{folder} has several of epoch {epoch} ({', '.join(p.name for p in found)}); name one")
+    return found[0]
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Whole numbers in words: 0-3, 7."""
+    runs: list[list[int]] = []
+    for n in numbers:
+        if runs and n == runs[-1][-1] + 1:
+            runs[-1].append(n)
+        else:
+            runs.append([n])
+    return ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)

@@ -1,0 +1,145 @@
+"""Options that several commands share, each group as one decorator."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from ckptflip.errors import UsageError
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+FORMATS = ("table", "json", "ndjson", "csv")
+# Below this size a copy is over before a progress bar is read.
+_WORTH_A_BAR = 1 << 28
+
+
+class Several(click.ParamType):
+    """A list written with commas; the option may also be repeated."""
+
+    name = "list"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        """Split at commas."""
+        if isinstance(value, tuple):
+            return value
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+
+
+def _several(*names: str, metavar: str, help_text: str) -> Callable[[F], F]:
+    def flatten(_: click.Context, __: click.Parameter, values: tuple[tuple[str, ...], ...]) -> tuple[str, ...]:
+        return tuple(part for value in values for part in value)
+
+    return click.option(*names, type=Several(), multiple=True, metavar=metavar, callback=flatten, help=help_text)
+
+
+def _grouped(*options: Callable[[F], F]) -> Callable[[F], F]:
+    def decorate(command: F) -> F:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+tensors_option = _several(
+    "-t",
+    "--tensors",
+    metavar="GLOB,…",
+    help_text="Tensors by name: globs on the whole name, on its last part, or on a part that ends at a / or a dot. "
+    "!GLOB excludes.",
+)
+
+format_option = click.option(
+    "--format", "form", type=click.Choice(FORMATS), default="table", show_default=True, help="Form of the listing."
+)
+
+selection_options = _grouped(
+    tensors_option,
+    _several("-l", "--layers", metavar="GLOB,…", help_text="Layers by name; !GLOB excludes."),
+    _several(
+        "--roles",
+        metavar="ROLE,…",
+        help_text="weight, bias, norm, statistic, embedding, optimizer, counter, rng, other; "
+        "model stands for the first five, state for optimizer, counter and rng.",
+    ),
+    click.option("--rows", metavar="SPEC", help="Rows of the first axis, such as 0-99,200 or 0:1000:10."),
+    click.option("--slice", metavar="SPEC", help="A slice per axis, such as 0:16,:,3; instead of --rows."),
+    click.option(
+        "--bits",
+        default="all",
+        show_default=True,
+        metavar="SPEC",
+        help="all, sign, exponent, mantissa, critical, msb, 30, 23-30; joined by commas, ! excludes.",
+    ),
+)
+
+amount_options = _grouped(
+    click.option("-n", "--count", type=int, metavar="N", help="This many distinct faults.  [default: 1]"),
+    click.option("--fraction", type=float, metavar="F", help="This share of all eligible bits."),
+    click.option("--ber", type=float, metavar="P", help="Each eligible bit is hit with this probability."),
+    click.option(
+        "--fault",
+        default="flip",
+        show_default=True,
+        metavar="SPEC",
+        help="flip, set0, set1, burst:N, mask:101101, scale:F or value:X.",
+    ),
+    click.option(
+        "--design",
+        type=click.Choice(("uniform", "tensor", "layer")),
+        default="uniform",
+        show_default=True,
+        help="Every eligible bit alike; or a tensor, or a layer, is drawn first.",
+    ),
+    _several(
+        "--forbid", metavar="SPEC,…", help_text="Redraw faults that would give nan, inf or extreme[:1e10]."
+    ),
+)
+
+destination_options = _grouped(
+    click.option(
+        "-o", "--output", type=click.Path(), help="The new file.  [default: CKPT with .flipped before its suffix]"
+    ),
+    click.option("--in-place", is_flag=True, help="Alter CKPT itself; the record is on disk first."),
+    click.option("--overwrite", is_flag=True, help="Replace the output and its record if they exist."),
+    click.option("--dry-run", is_flag=True, help="Say what would be hit; write nothing."),
+)
+
+checksum_help = "What happens to stored checksums that cover altered data."
+
+
+@contextmanager
+def copy_progress(path: str | Path, label: str) -> Iterator[Callable[[int], None] | None]:
+    """A progress bar for copying a large file, when somebody is watching."""
+    size = Path(path).stat().st_size if Path(path).is_file() else 0
+    if size < _WORTH_A_BAR or not sys.stderr.isatty():
+        yield None
+        return
+    with click.progressbar(length=size, label=label, file=sys.stderr) as bar:
+        yield bar.update
+
+
+def picked(checkpoint: str, epoch: int | None) -> Path:
+    """The checkpoint meant by CKPT and --epoch.
+
+    Raises:
+        UsageError: --epoch beside a plain file.
+    """
+    from ckptflip.checkpoints.epochs import is_many, pick
+
+    if epoch is None and not is_many(checkpoint):
+        return Path(checkpoint)
+    if epoch is not None and not is_many(checkpoint):
+        raise UsageError(f"--epoch picks from a folder or a pattern such as ckpt_{{epoch:03d}}.h5; {checkpoint} is a file")
+    return pick(checkpoint, epoch)
+
+
+epoch_option = click.option(
+    "--epoch", type=int, metavar="N", help="When CKPT is a folder, or a pattern such as ckpt_{epoch:03d}.h5."
+)

@@ -1,0 +1,96 @@
+"""`ckptflip show`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ckptflip.cli.options import format_option
+
+if TYPE_CHECKING:
+    from ckptflip.faults.record import Record
+
+FIELDS = ("sign", "critical", "exponent", "mantissa", "value")
+COLUMNS = ("tensor", "layer", "role", "dtype", "words", "bits", "effective", *FIELDS)
+FLIP_COLUMNS = ("tensor", "element", "index", "bits", "before", "after", "value_before", "value_after")
+
+
+@click.command()
+@click.argument("record")
+@click.option("--flips", is_flag=True, help="List each fault instead of totals by tensor.")
+@format_option
+def command(record: str, flips: bool, form: str) -> None:
+    """Say what a RECORD did: how many words and bits by tensor and bit field.
+
+    `critical` is the exponent's most significant bit and is not counted under `exponent` again; `value` are the bits
+    of integers. `bits` were hit, `effective` ones changed.
+    """
+    from ckptflip import record_files
+    from ckptflip.cli.output import emit
+
+    made = record_files.read(record)
+    if flips:
+        emit(_flips(made), FLIP_COLUMNS, form)
+    else:
+        summarise(made, form)
+    said(made)
+
+
+def summarise(record: Record, form: str) -> None:
+    """List what a record hit, by tensor."""
+    from ckptflip.cli.output import emit
+
+    emit(list(_by_tensor(record)), COLUMNS, form)
+
+
+def said(record: Record, *, dry_run: bool = False) -> None:
+    """Say the totals of a record, and where things are, on standard error."""
+    from ckptflip.cli.output import say
+
+    header, counts = record.header, record.header.counts
+    seed = f"seed {header.seed}" if header.seed is not None else f"replay of {header.replay_of}"
+    say(
+        f"{_many(counts.bits_hit, 'bit')} hit in {_many(counts.words_hit, 'word')} of {_many(counts.tensors, 'tensor')}; "
+        f"{_many(counts.bits_effective, 'bit')} effective ({seed})"
+    )
+    if dry_run:
+        say("dry run: nothing was written")
+    elif record.path:
+        say(f"{header.checkpoint} → {header.output}, record {record.path}")
+
+
+def _many(count: int, noun: str) -> str:
+    return f"{count} {noun}{'s' * (count != 1)}"
+
+
+def _by_tensor(record: Record) -> Iterator[dict[str, Any]]:
+    import numpy as np
+
+    from ckptflip.bits import popcount
+
+    for tensor, rows in record.plan.by_tensor():
+        entry, plan = record.header.tensors[tensor], record.plan.take(rows)
+        number = entry.number
+        word = (1 << number.part_width) - 1
+        masks = {name: number.field(name) & word for name in FIELDS[:-1]}
+        masks["exponent"] &= ~masks["critical"]
+        masks["value"] = word & ~sum(masks.values())
+        yield {
+            "tensor": entry.name,
+            "layer": entry.layer,
+            "role": entry.role,
+            "dtype": entry.dtype,
+            "words": len(plan),
+            "bits": plan.bits_hit,
+            "effective": plan.bits_effective,
+            **{name: popcount(plan.hit & np.uint64(mask)) for name, mask in masks.items()},
+        }
+
+
+def _flips(record: Record) -> Iterator[dict[str, Any]]:
+    from ckptflip.record_files import lines
+
+    for line in lines(record):
+        yield {c: getattr(line, c) for c in FLIP_COLUMNS}

@@ -1,0 +1,1 @@
+"""Figures, tables and pages of what runs and campaigns recorded."""

@@ -1,0 +1,222 @@
+"""Run a workload epoch by epoch: from the start, or on from a clean or an altered checkpoint."""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import sys
+import time
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from ckptflip import __version__
+from ckptflip.errors import UsageError
+from ckptflip.training.track import Flips, Header, Row, Track, Writer, writing
+from ckptflip.training.workload import Workload, find
+
+Progress = Callable[[Row], None]
+TRACK = "track.jsonl"
+# A record beside a checkpoint goes with it: it would call the checkpoint that replaces it altered.
+_EPOCH_FILE = re.compile(r"epoch_\d{3,}\.h5(\.flips\.jsonl)?")
+
+
+def checkpoint_name(epoch: int) -> str:
+    """Name of the checkpoint after so many epochs.
+
+    Example:
+        >>> checkpoint_name(5)
+        'epoch_005.h5'
+    """
+    return f"epoch_{epoch:03d}.h5"
+
+
+def train(
+    workload: str | Workload,
+    epochs: int,
+    save: str | Path,
+    *,
+    seed: int = 0,
+    label: str | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Track:
+    """Train from the start; one checkpoint per epoch, the initial state included, and a track.
+
+    Args:
+        workload: a workload or its name (see `find`).
+        epochs: how many to train, 1 or more.
+        save: the folder for ``epoch_000.h5``, ``epoch_001.h5``, … and ``track.jsonl``.
+        seed: 0 or more; initial weights, order of the samples and dropout follow from it.
+        label: what runs of the same kind share, for figures.
+        overwrite: replace the run that the folder holds.
+        progress: called with each row as it is recorded.
+
+    Raises:
+        UsageError: the folder holds a run already, or a number makes no sense.
+    """
+    if epochs < 1:
+        raise UsageError(f"epochs must be 1 or more, not {epochs}")
+    if seed < 0:
+        raise UsageError(f"a seed is 0 or more, not {seed}")
+    workload = _workload(workload)
+    folder = Path(save)
+    began = time.perf_counter()
+    workload.start(seed)
+    _clear(folder, folder / TRACK, overwrite)
+    header = Header(
+        workload=workload.name, seed=seed, start_epoch=0, until=epochs, label=label, versions=_versions()
+    )
+    with writing(folder / TRACK, header) as writer:
+        return _follow(workload, epochs, writer, folder, progress, began)
+
+
+def resume(
+    workload: str | Workload,
+    checkpoint: str | Path,
+    until: int,
+    *,
+    save: str | Path | None = None,
+    track: str | Path | None = None,
+    label: str | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Track:
+    """Go on from a checkpoint. The first row is the checkpoint itself, measured before any training.
+
+    Args:
+        workload: a workload or its name (see `find`).
+        checkpoint: the file to go on from, clean or altered. A record beside it
+            (``<checkpoint>.flips.jsonl``) is named in the track's header.
+        until: the epoch to stop after; more than the checkpoint's.
+        save: a folder for a checkpoint per epoch and the track; without it only the track is kept.
+        track: the track's file; by default in `save`, else ``<checkpoint's stem>.track.jsonl`` beside it.
+        label: what runs of the same kind share, for figures.
+        overwrite: replace the track, and the run in `save`.
+        progress: called with each row as it is recorded.
+
+    Raises:
+        UsageError: `until` is not beyond the checkpoint, or a run would be overwritten.
+        CheckpointError, WorkloadError: the checkpoint cannot be taken up.
+    """
+    workload = _workload(workload)
+    checkpoint = Path(checkpoint)
+    folder = Path(save) if save is not None else None
+    track = track_path(checkpoint, folder, track)
+    if folder and checkpoint.parent.resolve() == folder.resolve():
+        raise UsageError(f"{folder} holds the checkpoint itself: save the resumed run in another folder")
+    began = time.perf_counter()
+    workload.load(checkpoint)
+    start = workload.epoch
+    if until <= start:
+        raise UsageError(
+            f"{checkpoint} is at epoch {start} already: --until must be {start + 1} or more, not {until}"
+        )
+    _clear(folder, track, overwrite)
+    header = Header(
+        workload=workload.name, checkpoint=str(checkpoint), start_epoch=start, until=until, label=label,
+        flips=_flips(checkpoint), versions=_versions(),
+    )  # fmt: skip
+    with writing(track, header) as writer:
+        return _follow(workload, until, writer, folder, progress, began)
+
+
+def track_path(
+    checkpoint: str | Path, save: str | Path | None = None, track: str | Path | None = None
+) -> Path:
+    """Where `resume` keeps its track: as told, else in the folder of the run, else beside the checkpoint.
+
+    Example:
+        >>> track_path("runs/epoch_005.h5").name
+        'epoch_005.track.jsonl'
+    """
+    if track is not None:
+        return Path(track)
+    if save is not None:
+        return Path(save) / TRACK
+    checkpoint = Path(checkpoint)
+    return checkpoint.with_name(f"{checkpoint.stem}.track.jsonl")
+
+
+def _follow(
+    workload: Workload,
+    until: int,
+    writer: Writer,
+    folder: Path | None,
+    progress: Progress | None,
+    began: float,
+) -> Track:
+    trained: dict[str, float] = {}
+    while True:
+        row = _row(workload.epoch, trained, workload.evaluate(), time.perf_counter() - began)
+        if folder:
+            folder.mkdir(parents=True, exist_ok=True)
+            workload.save(folder / checkpoint_name(workload.epoch))
+        writer.append(row)
+        if progress:
+            progress(row)
+        if workload.epoch >= until:
+            return writer.track
+        began = time.perf_counter()
+        trained = workload.train_epoch()
+
+
+def _row(epoch: int, trained: dict[str, float], tested: dict[str, float], seconds: float) -> Row:
+    counts = {"nan", "inf", "extreme"}
+    known = {"loss", "accuracy"} | counts
+    values: dict[str, Any] = {
+        name: int(tested[name]) if name in counts else float(tested[name]) for name in known & tested.keys()
+    }
+    extra = {name: float(value) for name, value in tested.items() if name not in known}
+    extra |= {f"train_{name}": float(v) for name, v in trained.items() if name not in ("loss", "grad_norm")}
+    return Row(
+        epoch=epoch, train_loss=trained.get("loss"), grad_norm=trained.get("grad_norm"), **values,
+        seconds=round(seconds, 4), extra=extra,
+    )  # fmt: skip
+
+
+def _workload(workload: str | Workload) -> Workload:
+    return find(workload) if isinstance(workload, str) else workload
+
+
+def _clear(folder: Path | None, track: Path, overwrite: bool) -> None:
+    """Make room for a run, or refuse when there is one; files that are no part of a run are left alone."""
+    if folder and folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder} is a file: name a folder to save the run in")
+    old = (
+        [path for path in folder.iterdir() if _EPOCH_FILE.fullmatch(path.name)]
+        if folder and folder.is_dir()
+        else []
+    )
+    if track.exists():
+        old.append(track)
+    if old and not overwrite:
+        raise UsageError(f"{old[0]} exists already: choose another place, or overwrite the run (--overwrite)")
+    for path in old:
+        path.unlink()
+
+
+def _flips(checkpoint: Path) -> Flips | None:
+    """What the record beside an altered checkpoint says; an odd record is named all the same."""
+    record = checkpoint.with_name(f"{checkpoint.name}.flips.jsonl")
+    if not record.exists():
+        return None
+    try:
+        with record.open(encoding="utf-8") as lines:
+            counts = json.loads(next(lines))["counts"]
+    except (OSError, ValueError, KeyError, TypeError, StopIteration, RecursionError):
+        counts = {}
+    return Flips(record=record.name, counts=counts if isinstance(counts, dict) else {})
+
+
+def _versions() -> dict[str, str]:
+    found = {"ckptflip": __version__, "python": platform.python_version()}
+    for package in ("numpy", "torch", "keras", "tensorflow"):
+        if package in sys.modules:
+            try:
+                found[package] = metadata.version(package)
+            except metadata.PackageNotFoundError:
+                continue
+    return found

@@ -1,0 +1,53 @@
+"""What is measured on a PyTorch model while it trains: accuracy, gradient norm, N-EV."""
+
+from __future__ import annotations
+
+import torch
+
+
+def accuracy(outputs: torch.Tensor, targets: torch.Tensor) -> float:
+    """Share of samples whose largest output is the target's class.
+
+    Args:
+        outputs: float[samples, classes]; a row of NaN counts as some class, as it would in use.
+        targets: int[samples].
+
+    Example:
+        >>> accuracy(torch.eye(4), torch.tensor([0, 1, 2, 0]))
+        0.75
+    """
+    return float((outputs.argmax(dim=1) == targets).double().mean().item())
+
+
+def count_nev(model: torch.nn.Module, extreme: float = 1e10) -> dict[str, int]:
+    """Count NaN, infinite and extreme (``|x| > extreme``) values among the weights and float buffers.
+
+    Example:
+        >>> layer = torch.nn.Linear(2, 1)
+        >>> with torch.no_grad():
+        ...     _ = layer.weight.copy_(torch.tensor([[float("nan"), 1e30]]))
+        >>> count_nev(layer)
+        {'nan': 1, 'inf': 0, 'extreme': 1}
+    """
+    counts = {"nan": 0, "inf": 0, "extreme": 0}
+    for value in model.state_dict().values():
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+            continue
+        wide = value.double()
+        nan, inf = int(wide.isnan().sum()), int(wide.isinf().sum())
+        counts["nan"] += nan
+        counts["inf"] += inf
+        counts["extreme"] += int((wide.abs() > extreme).sum()) - inf
+    return counts
+
+
+def gradient_norm(model: torch.nn.Module) -> float:
+    """L2 norm over all gradients, in float64: a square of 1e20 is no infinity there."""
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    if not gradients:
+        return 0.0
+    norms = [
+        torch.linalg.vector_norm(grad.coalesce().values() if grad.is_sparse else grad, dtype=torch.float64)
+        for grad in gradients
+    ]
+    return float(torch.linalg.vector_norm(torch.stack(norms)).item())

@@ -1,0 +1,216 @@
+"""A workload made of a PyTorch model, an optimizer and data held in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ckptflip import torch_h5
+from ckptflip.errors import MissingExtraError, UsageError, WorkloadError
+
+try:
+    import torch
+except ImportError as error:
+    raise MissingExtraError("torch", "torch", "Training with PyTorch") from error
+
+from ckptflip.training import torch_state
+from ckptflip.training.measures import accuracy, count_nev, gradient_norm
+from ckptflip.training.settings import random_state, seed_all, set_random_state, settled
+from ckptflip.training.torch_state import Run
+
+Pair = tuple[Any, Any]
+Data = tuple[Pair, Pair]
+
+
+class TorchWorkload:
+    """A resumable recipe: the same seed gives the same bits, straight through or resumed at any epoch.
+
+    The order of the samples in epoch e is drawn from (seed, e) and nothing else. Dropout and other draws
+    of the model come from PyTorch's generators, whose state is kept in the checkpoint; your process's own
+    generators and settings are as before after every call. The checkpoint (`ckptflip.torch_h5`) holds
+    ``model``, ``optimizer``, ``scheduler`` and ``scaler`` where there are any, ``rng``, ``epoch``, ``seed``.
+
+    Args:
+        name: kept in each checkpoint; one of another name is refused.
+        model: makes the model. Called after seeding, so the initial weights follow from the seed.
+        optimizer: makes the optimizer from the model's named parameters (name, parameter), so that the
+            checkpoint can say which state belongs to which parameter.
+        loss: ``loss(outputs, targets)``, a scalar tensor, the mean over the batch.
+        data: ``((inputs, targets), (test inputs, test targets))``, arrays or tensors with the sample as first
+            axis, or a function that returns them, called when they are first needed.
+        batch_size: samples per step; the last batch of an epoch may be smaller.
+        scheduler: makes a learning-rate scheduler from the optimizer; stepped after every epoch.
+        scaler: makes a ``torch.amp.GradScaler``, for models that autocast.
+        metric: ``metric(outputs, targets)`` over the whole test set, recorded as ``accuracy``.
+        device: where the model and the batches live.
+        threads: PyTorch's threads while it trains. Another number gives other last bits of a sum, so a run
+            and its resume need the same.
+        extreme: weights whose magnitude exceeds this are counted as extreme.
+
+    Example:
+        >>> x = torch.linspace(-1, 1, 40).reshape(20, 2)
+        >>> workload = TorchWorkload(
+        ...     "sign",
+        ...     model=lambda: torch.nn.Linear(2, 2),
+        ...     optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.5, momentum=0.9),
+        ...     loss=torch.nn.CrossEntropyLoss(),
+        ...     data=((x, (x[:, 0] > 0).long()), (x, (x[:, 0] > 0).long())),
+        ...     batch_size=5,
+        ... )
+        >>> workload.start(seed=1)
+        >>> sorted(workload.train_epoch()), workload.epoch
+        (['grad_norm', 'loss'], 1)
+        >>> 0.5 < workload.evaluate()["accuracy"] <= 1
+        True
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        model: Callable[[], torch.nn.Module],
+        optimizer: Callable[[Any], torch.optim.Optimizer],
+        loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        data: Data | Callable[[], Data],
+        batch_size: int,
+        scheduler: Callable[[torch.optim.Optimizer], Any] | None = None,
+        scaler: Callable[[], Any] | None = None,
+        metric: Callable[[torch.Tensor, torch.Tensor], float] = accuracy,
+        device: str | torch.device = "cpu",
+        threads: int = 1,
+        extreme: float = 1e10,
+    ) -> None:
+        if batch_size < 1 or threads < 1:
+            raise UsageError(f"batch_size ({batch_size}) and threads ({threads}) must be 1 or more")
+        self.name = name
+        self._model, self._optimizer, self._loss = model, optimizer, loss
+        self._scheduler, self._scaler, self._metric = scheduler, scaler, metric
+        self._source, self._batch_size = data, batch_size
+        self._device, self._threads, self._extreme = torch.device(device), threads, extreme
+        self._loaded: tuple[tuple[torch.Tensor, torch.Tensor], ...] | None = None
+        self._run: Run | None = None
+
+    @property
+    def epoch(self) -> int:
+        """Epochs trained so far; 0 before `start`."""
+        return self._run.epoch if self._run else 0
+
+    @property
+    def model(self) -> torch.nn.Module:
+        """The model as it is now, for measurements on it."""
+        return self._current().model
+
+    def start(self, seed: int) -> None:
+        """Set up the initial state for a seed >= 0."""
+        if seed < 0:
+            raise UsageError(f"a seed is 0 or more, not {seed}")
+        with settled(self._threads, self._device):
+            self._run = self._built(seed)
+
+    def train_epoch(self) -> dict[str, float]:
+        """Train one epoch; returns the mean ``loss`` and the mean ``grad_norm`` (L2, float64)."""
+        run = self._current()
+        inputs, targets = self._data()[0]
+        order = np.random.default_rng(np.random.SeedSequence((run.seed, run.epoch))).permutation(len(inputs))
+        losses, norms = 0.0, []
+        with self._random_of(run):
+            run.model.train()
+            for batch in torch.from_numpy(order).to(inputs.device).split(self._batch_size):
+                loss, norm = self._step(run, inputs[batch], targets[batch])
+                losses += loss * len(batch)
+                norms.append(norm)
+            if isinstance(run.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+                run.scheduler.step(losses / len(order))
+            elif run.scheduler is not None:
+                run.scheduler.step()
+            run.rng = random_state(self._device)
+        run.epoch += 1
+        return {"loss": losses / len(order), "grad_norm": sum(norms) / len(norms)}
+
+    def evaluate(self) -> dict[str, float]:
+        """Measure ``accuracy``, ``loss`` and the weights' ``nan``, ``inf`` and ``extreme`` counts."""
+        run = self._current()
+        inputs, targets = self._data()[1]
+        with self._random_of(run), torch.no_grad():
+            run.model.eval()
+            outputs = torch.cat([run.model(batch) for batch in inputs.split(1024)])
+            measured = {
+                "accuracy": float(self._metric(outputs, targets)),
+                "loss": self._loss(outputs, targets).item(),
+            }
+        return measured | count_nev(run.model, self._extreme)
+
+    def save(self, path: str | Path) -> None:
+        """Write the whole state to an HDF5 file."""
+        torch_h5.save(torch_state.capture(self._current(), self.name), path)
+
+    def load(self, path: str | Path) -> None:
+        """Take up the state of a checkpoint; when that fails, the present state stays."""
+        state = torch_h5.load(path)
+        seed, epoch = torch_state.identify(state, self.name, str(path))
+        with settled(self._threads, self._device):
+            run = self._built(seed)
+            torch_state.take_up(run, state, str(path), self._device)
+            run.rng, run.epoch = random_state(self._device), epoch
+        self._run = run
+
+    def _built(self, seed: int) -> Run:
+        seed_all(seed, self._device)
+        model = self._model().to(self._device)
+        optimizer = self._optimizer(_parameters(model))
+        scheduler = self._scheduler(optimizer) if self._scheduler else None
+        scaler = self._scaler() if self._scaler else None
+        return Run(model, optimizer, scheduler, scaler, random_state(self._device), seed)
+
+    def _step(self, run: Run, inputs: torch.Tensor, targets: torch.Tensor) -> tuple[float, float]:
+        run.optimizer.zero_grad()
+        loss = self._loss(run.model(inputs), targets)
+        if run.scaler is None:
+            loss.backward()
+            norm = gradient_norm(run.model)
+            run.optimizer.step()
+        else:
+            run.scaler.scale(loss).backward()
+            run.scaler.unscale_(run.optimizer)
+            norm = gradient_norm(run.model)
+            run.scaler.step(run.optimizer)
+            run.scaler.update()
+        return loss.item(), norm
+
+    @contextmanager
+    def _random_of(self, run: Run) -> Iterator[None]:
+        with settled(self._threads, self._device):
+            set_random_state(run.rng, self._device)
+            yield
+
+    def _current(self) -> Run:
+        if self._run is None:
+            raise WorkloadError(
+                f"workload {self.name} has no state yet: call start(seed) or load(checkpoint)"
+            )
+        return self._run
+
+    def _data(self) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
+        if self._loaded is None:
+            pairs = self._source() if callable(self._source) else self._source
+            self._loaded = tuple(
+                (torch.as_tensor(inputs, device=self._device), torch.as_tensor(targets, device=self._device))
+                for inputs, targets in pairs
+            )
+            for inputs, targets in self._loaded:
+                if len(inputs) == 0 or len(inputs) != len(targets):
+                    raise WorkloadError(
+                        f"workload {self.name}: {len(inputs)} inputs and {len(targets)} targets; both sets "
+                        "need samples, and as many of the one as of the other"
+                    )
+        return self._loaded
+
+
+def _parameters(model: torch.nn.Module) -> Any:
+    # PyTorch takes named parameters, and keeps the names in the optimizer's state, from 2.6 on.
+    release = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    return list(model.named_parameters()) if release >= (2, 6) else list(model.parameters())
