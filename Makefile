@@ -21,7 +21,7 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 $(VENV)/.test: pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP) -e '.[torch,keras,test,docs]'
+	$(PIP) -e '.[torch,test,docs]'
 	@touch $@ $(VENV)/.demo
 
 demo: $(VENV)/.demo
@@ -35,6 +35,7 @@ types: $(VENV)/.test
 	$(BIN)/mypy
 
 docs: $(VENV)/.test
+	$(BIN)/python docs/reference.py --check
 	$(BIN)/python docs/build.py site
 
 notebooks: $(VENV)/.test

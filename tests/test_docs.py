@@ -1,0 +1,66 @@
+"""The documentation says what the program does: the reference is current, every example prints what is shown."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import click
+import pytest
+
+from ckptflip.cli.main import COMMANDS, cli
+
+ROOT = Path(__file__).parent.parent
+PAGES_WITH_EXAMPLES = ("README.md", "docs/policies.md", "docs/records.md", "docs/training.md", "docs/formats/hdf5.md")
+
+
+def load(name: str) -> ModuleType:
+    """A script of docs/ as a module."""
+    spec = importlib.util.spec_from_file_location(f"docs_{name}", ROOT / "docs" / f"{name}.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_reference_is_what_the_commands_say() -> None:
+    reference = load("reference")
+    assert reference.PAGE.read_text("utf-8") == reference.text()
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_and_option_has_a_help_text(name: str) -> None:
+    command = cli.get_command(click.Context(cli), name)
+    assert command is not None
+    assert command.help, name
+    bare = [p.name for p in command.params if isinstance(p, click.Option) and not p.help]
+    assert bare == []
+
+
+@pytest.mark.parametrize("page", PAGES_WITH_EXAMPLES)
+def test_examples_print_what_the_page_shows(page: str) -> None:
+    if "training" in page or "README" in page:
+        pytest.importorskip("torch")
+    assert load("examples").check(ROOT / page) == []
+
+
+def test_examples_are_compared_for_real() -> None:
+    same = load("examples").same
+    assert same(["a  1.00", "...", "end …"], ["a 1.02", "x", "y", "end of it"])
+    assert not same(["a 1.00"], ["a 1.20"])
+    assert not same(["3 bits"], ["4 bits"])
+    assert not same(["a"], ["a", "b"])
+    assert not same([], ["b"])
+
+
+def test_every_example_page_has_examples() -> None:
+    examples = load("examples")
+    counts = {page: len(list(examples.examples((ROOT / page).read_text("utf-8")))) for page in PAGES_WITH_EXAMPLES}
+    assert min(counts.values()) >= 1
+    assert counts["README.md"] >= 5
+
+
+def test_links_between_pages_lead_somewhere(tmp_path: Path) -> None:
+    pytest.importorskip("markdown")
+    assert load("build").build(tmp_path) == []
