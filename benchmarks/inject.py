@@ -2,6 +2,8 @@
 
     python benchmarks/inject.py [--folder DIR] [--rounds N] [--output benchmarks/results/inject.md]
 
+Written to its usual place, the result goes into the README as well.
+
 Makes a 1 GiB file of 50 float32 datasets in DIR (some 4 GiB of room), runs every job `rounds` times with ours and
 the baseline in turn and the file in the page cache, and writes medians, ratios and peak memory.
 """
@@ -25,6 +27,9 @@ import numpy as np
 
 DATASETS = 50
 GIB = 1 << 30
+RESULTS = Path(__file__).parent / "results" / "inject.md"
+README = Path(__file__).parent.parent / "README.md"
+MARKERS = ("<!-- written by benchmarks/inject.py -->", "<!-- end -->")
 
 # What a sensible user would write: load the datasets that are hit, alter them, store them.
 SCRIPT = """
@@ -135,15 +140,15 @@ def jobs(folder: Path) -> list[Job]:
     imports = [python, "-c", IMPORTS]
     ber_count = round(1e-4 * GIB * 8)
     return [
-        Job("1 flip, 1 GiB", inject(big, "-n1"), imports, f"`{IMPORTS}`", "≤ 1.5×", clean),
-        Job("1 flip, 4 MiB", inject(small, "-n1"), imports, f"`{IMPORTS}`", "as for 1 GiB", clean),
-        Job("1 flip, 1 GiB", inject(big, "-n1"), script(big, 1), "h5py script", "", clean),
-        Job("1,000 flips", inject(big, "-n1000"), script(big, 1000), "h5py script", "", clean),
-        Job("100,000 flips", inject(big, "-n100000"), script(big, 100_000), "h5py script", "≤ 1.0 s", clean),
-        Job("1,000,000 flips, .h5 record", inject(big, "-n1000000", to=columns), script(big, 1_000_000), "h5py script", "≤ 2.5 s", clean),
+        Job("1 flip, 1 GiB", inject(big, "--count", "1"), imports, f"`{IMPORTS}`", "≤ 1.5×", clean),
+        Job("1 flip, 4 MiB", inject(small, "--count", "1"), imports, f"`{IMPORTS}`", "as for 1 GiB", clean),
+        Job("1 flip, 1 GiB", inject(big, "--count", "1"), script(big, 1), "h5py script", "", clean),
+        Job("1,000 flips", inject(big, "--count", "1000"), script(big, 1000), "h5py script", "", clean),
+        Job("100,000 flips", inject(big, "--count", "100000"), script(big, 100_000), "h5py script", "≤ 1.0 s", clean),
+        Job("1,000,000 flips, .h5 record", inject(big, "--count", "1000000", to=columns), script(big, 1_000_000), "h5py script", "≤ 2.5 s", clean),
         Job("BER 1e-4", inject(big, "--ber", "1e-4"), script(big, ber_count), "h5py script, no record", "≤ 3 s", clean),
-        Job("1 flip, new file", inject(big, "-n1", "-o", str(out), to=None), ["cp", str(big), str(out)], "`cp`", "≤ 1.2×", clean),
-        Job("10 flips, gzip 64 MiB, new file", inject(gzip, "-n10", "-o", str(out), to=None), script(gzip, 10), "h5py script, in place", "", clean),
+        Job("1 flip, new file", inject(big, "--count", "1", "-o", str(out), to=None), ["cp", str(big), str(out)], "`cp`", "≤ 1.2×", clean),
+        Job("10 flips, gzip 64 MiB, new file", inject(gzip, "--count", "10", "-o", str(out), to=None), script(gzip, 10), "h5py script, in place", "", clean),
         Job("`ls`, 10,000 datasets", [*ours, "ls", str(many)], [python, "-c", WALK, str(many)], "h5py walk", "≤ 2×", clean),
     ]
 
@@ -180,12 +185,26 @@ def report(done: list[Job], rounds: int) -> str:
     return "\n".join([*lines, ""])
 
 
+def readme_table(results: str) -> str:
+    """The table for the README: the results' rows without the targets and the memory."""
+    rows = [line for line in results.splitlines() if line.startswith("|")]
+    return "\n".join("|".join(row.split("|")[:6]) + "|" for row in rows)
+
+
+def into_readme(results: str) -> None:
+    """Put the table between the README's markers."""
+    text = README.read_text("utf-8")
+    before, _, rest = text.partition(MARKERS[0])
+    after = rest.partition(MARKERS[1])[2]
+    README.write_text(f"{before}{MARKERS[0]}\n\n{readme_table(results)}\n\n{MARKERS[1]}{after}", "utf-8")
+
+
 def main() -> None:
     """Run all jobs and write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, default=None, help="where to make the files; a temporary folder by default")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "inject.md")
+    parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="ckptflip-bench-", dir=arguments.folder))
     try:
@@ -200,7 +219,9 @@ def main() -> None:
     finally:
         shutil.rmtree(folder)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(text)
+    arguments.output.write_text(text, "utf-8")
+    if arguments.output == RESULTS:
+        into_readme(text)
     print(text)
 
 

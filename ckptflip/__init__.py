@@ -23,11 +23,11 @@ _HOMES = {
 __all__ = ["CkptflipError", "Policy", "__version__", "diff", "inject", "opened", "replay", "scan", "undo"]
 
 if TYPE_CHECKING:
+    from ckptflip.alter import inject, replay, undo
     from ckptflip.checkpoints import opened
     from ckptflip.compare import diff, scan
     from ckptflip.errors import CkptflipError
     from ckptflip.faults import Policy
-    from ckptflip.alter import inject, replay, undo
 
 
 def __getattr__(name: str) -> Any:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import platform
-import secrets
+import os
+import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+from msgspec import Struct
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from ckptflip import __version__, record_files
 from ckptflip.checkpoints import Changes, Checkpoint, files, opened
-from ckptflip.checkpoints.target import CHECKSUM_MODES
+from ckptflip.checkpoints.target import CHECKSUM_MODES, positions_by_name
 from ckptflip.errors import CkptflipError, RecordError, UsageError
 from ckptflip.faults import policy as policies_module
 from ckptflip.faults.plan import Plan, draw
@@ -25,8 +25,7 @@ from ckptflip.faults.record import SCHEMA, Header, Record, counts_of, entries_of
 Progress = Callable[[int], None]
 
 
-@dataclass(frozen=True, slots=True)
-class Undone:
+class Undone(Struct, frozen=True):
     """What `undo` did.
 
     Attributes:
@@ -40,8 +39,7 @@ class Undone:
     digest_matches: bool | None
 
 
-@dataclass(frozen=True, slots=True)
-class _Destination:
+class _Destination(Struct, frozen=True):
     """Where the altered checkpoint goes.
 
     Attributes:
@@ -124,7 +122,7 @@ def inject(
         >>> record.bits_hit, record.bits_effective, record.header.output
         (2, 2, 'ckpt.flipped.h5')
     """
-    options = {
+    options: dict[str, object] = {
         "tensors": _several(tensors),
         "layers": _several(layers),
         "roles": _several(roles),
@@ -220,9 +218,9 @@ def undo(
         plan = _on_target(original, target)
         current = _read_all(target, plan)
         pending = current != plan.before
-        foreign = pending & (current != plan.after)
+        foreign = _neither(current, plan)
         if foreign.any():
-            raise RecordError(_foreign(original, target, plan, current, foreign))
+            raise RecordError(_foreign(target, plan, current, foreign))
         changes = Changes(plan.tensor, plan.word, current ^ plan.before, plan.before ^ plan.after)
         # Words that are right already stay in: an interrupted run may have left their checksum wrong.
         _alter(target, changes, destination, original.header.checksum, progress)
@@ -240,14 +238,16 @@ def _policies(
     else:
         changed = [k for k, v in options.items() if v != getattr(_DEFAULTS, k)]
         if changed:
-            raise UsageError(f"a policy was given and {', '.join(changed)} too; put everything into the policy")
+            raise UsageError(
+                f"a policy was given and {', '.join(changed)} too; put everything into the policy"
+            )
         if isinstance(policy, str | Path):
             several, file_seed = policies_module.load(policy)
             seed = file_seed if seed is None else seed
         else:
             several = combine(policy)
     if seed is None:
-        seed = secrets.randbits(53)
+        seed = int.from_bytes(os.urandom(6), "little")
     if seed < 0:
         raise UsageError(f"seed must be a whole number ≥ 0, not {seed}")
     return several, seed
@@ -276,7 +276,9 @@ def _destination(
     source = Path(checkpoint)
     if in_place and out is not None:
         raise UsageError("an output and in-place were both asked for; choose one")
-    target = None if in_place else Path(out) if out else source.with_name(f"{source.stem}.flipped{source.suffix}")
+    target = (
+        None if in_place else Path(out) if out else source.with_name(f"{source.stem}.flipped{source.suffix}")
+    )
     result = target or source
     record_path = Path(record) if record else result.with_name(f"{result.name}.flips.jsonl")
     destination = _Destination(source, target, record_path, overwrite)
@@ -285,7 +287,9 @@ def _destination(
     _check_distinct(destination)
     if record_path.exists() and (not overwrite or in_place):
         # In place, the old record is the only way back to the bytes before the earlier faults.
-        hint = "undo it first, or name another with --record" if in_place else "name another, or add --overwrite"
+        hint = (
+            "undo it first, or name another with --record" if in_place else "name another, or add --overwrite"
+        )
         raise UsageError(f"the record {record_path} exists; {hint}")
     if target is not None and target.exists() and not overwrite:
         raise UsageError(f"{target} exists; name another output with -o, or replace it with --overwrite")
@@ -295,7 +299,9 @@ def _destination(
 def _check_distinct(destination: _Destination) -> None:
     named = [p.resolve() for p in (destination.source, destination.out, destination.record) if p is not None]
     if len(set(named)) < len(named):
-        raise UsageError(f"checkpoint, output and record must be different files ({', '.join(p.name for p in named)})")
+        raise UsageError(
+            f"checkpoint, output and record must be different files ({', '.join(p.name for p in named)})"
+        )
 
 
 def _record(
@@ -324,9 +330,18 @@ def _record(
         digest_before=files.digest(destination.source),
         counts=counts_of(plan),
         tensors=entries,
-        versions={"python": platform.python_version(), "numpy": np.__version__, "h5py": version("h5py")},
+        versions=_versions(),
     )
     return Record(header, renumbered)
+
+
+def _versions() -> dict[str, str]:
+    """Of Python and of the libraries that took part: those that are loaded."""
+    found = {"python": sys.version.split()[0]}
+    for name in ("numpy", "h5py", "ml_dtypes"):
+        if name in sys.modules:
+            found[name] = sys.modules[name].__version__
+    return found
 
 
 def _carry_out(
@@ -349,7 +364,9 @@ def _carry_out(
             destination.record.unlink()
             raise
     else:
-        with files.new_file(destination.out, overwrite=destination.overwrite, like=destination.source) as temporary:
+        with files.new_file(
+            destination.out, overwrite=destination.overwrite, like=destination.source
+        ) as temporary:
             files.copy(destination.source, temporary, progress)
             target.alter(changes, checksum, temporary)
             header = _with_digest(record.header, files.digest(temporary))
@@ -374,7 +391,9 @@ def _alter(
         target.alter(changes, checksum)
         return
     replaced = destination.overwrite or destination.out is None
-    with files.new_file(destination.result, overwrite=replaced, like=destination.source) as temporary:
+    # In place means the file that a symbolic link stands for, not the link.
+    result = destination.out or destination.source.resolve()
+    with files.new_file(result, overwrite=replaced, like=destination.source) as temporary:
         files.copy(destination.source, temporary, progress)
         target.alter(changes, checksum, temporary)
 
@@ -385,21 +404,29 @@ def _on_target(record: Record, target: Checkpoint) -> Plan:
     Raises:
         RecordError: a tensor is missing, or of another shape or dtype.
     """
-    names = {n: i for i, t in enumerate(target.tensors) for n in (t.name, *t.aliases)}
+    names = positions_by_name(target.tensors)
     positions = np.empty(len(record.header.tensors), np.int32)
     for i, entry in enumerate(record.header.tensors):
         at = next((names[n] for n in (entry.name, *entry.aliases) if n in names), None)
         if at is None:
-            raise RecordError(f"{target.path} has no tensor {entry.name!r}, which the record hits: is it the right checkpoint?")
+            raise RecordError(
+                f"{target.path} has no tensor {entry.name!r}, which the record hits: "
+                "is it the right checkpoint?"
+            )
         found = target.tensors[at]
         if (found.shape, found.number) != (entry.shape, entry.number):
             raise RecordError(
-                f"{entry.name} is {found.dtype} {found.shape} in {target.path}, {entry.dtype} {entry.shape} in the record"
+                f"{entry.name} is {found.dtype} {found.shape} in {target.path}, "
+                f"{entry.dtype} {entry.shape} in the record"
             )
         positions[i] = at
     plan = replace(record.plan, tensor=positions[record.plan.tensor])
-    order = np.lexsort((plan.word, plan.tensor))
-    return plan.take(order)
+    plan = plan.take(np.lexsort((plan.word, plan.tensor)))
+    twice = np.flatnonzero((np.diff(plan.tensor) == 0) & (np.diff(plan.word) == 0))
+    if twice.size:
+        name = target.tensors[plan.tensor[twice[0]]].name
+        raise RecordError(f"the record hits {name} under two names, as two; in {target.path} they are one")
+    return plan
 
 
 def _read_all(target: Checkpoint, plan: Plan) -> NDArray[np.uint64]:
@@ -409,14 +436,24 @@ def _read_all(target: Checkpoint, plan: Plan) -> NDArray[np.uint64]:
     return found
 
 
-def _foreign(
-    record: Record, target: Checkpoint, plan: Plan, current: NDArray[np.uint64], foreign: NDArray[np.bool_]
-) -> str:
+def _neither(current: NDArray[np.uint64], plan: Plan) -> NDArray[np.bool_]:
+    """Which words are neither the recorded ones before nor those after.
+
+    Byte by byte: a write that is killed may stop inside a word, where the word crosses a page of the file.
+    """
+    now, before, after = (words.view(np.uint8) for words in (current, plan.before, plan.after))
+    foreign: NDArray[np.bool_] = ((now != before) & (now != after)).reshape(-1, 8).any(axis=1)
+    return foreign
+
+
+def _foreign(target: Checkpoint, plan: Plan, current: NDArray[np.uint64], foreign: NDArray[np.bool_]) -> str:
     first = int(np.flatnonzero(foreign)[0])
-    number = target.tensors[plan.tensor[first]].number
+    tensor = target.tensors[plan.tensor[first]]
+    now, before, after = (int(words[first]) for words in (current, plan.before, plan.after))
     return (
-        f"{int(foreign.sum())} of {len(plan)} words in {target.path} are neither what the record says they were nor what they "
-        f"became; the first is {target.tensors[plan.tensor[first]].name}, element {int(plan.word[first]) // number.parts}: "
-        f"{int(current[first]):#x}, recorded {int(plan.before[first]):#x} → {int(plan.after[first]):#x}. The file was altered "
-        "since, or the record belongs to another file. Nothing was altered"
+        f"{int(foreign.sum())} of {len(plan)} words in {target.path} are neither what the record says they "
+        f"were nor what they became; the first is {tensor.name}, "
+        f"element {int(plan.word[first]) // tensor.number.parts}: "
+        f"{now:#x}, recorded {before:#x} → {after:#x}. The file was altered since, or the record belongs to "
+        "another file. Nothing was altered"
     )

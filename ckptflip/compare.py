@@ -12,12 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptflip.bits import NumberFormat, classify, popcount, to_values
-from ckptflip.bits.values import EXTREME
+from ckptflip.bits.values import EXTREME, Classes
 from ckptflip.checkpoints import Checkpoint, opened
+from ckptflip.checkpoints.target import positions_by_name
 from ckptflip.errors import UsageError
 from ckptflip.faults.catalogue import Tensor, select
 
-# A value counts as an outlier when it is this much larger than the tensor's median magnitude (in powers of two).
+# A value counts as an outlier when it is this much larger than the tensor's median magnitude (powers of two).
 OUTLIER_BINADES = 10
 
 
@@ -58,8 +59,8 @@ class TensorScan(msgspec.Struct, frozen=True, kw_only=True):
         nan: NaN among them.
         inf: infinities.
         extreme: finite values of a magnitude above the threshold.
-        outliers: other values at least 2^10 times larger than the tensor's median magnitude: worth a look, not
-            proof of anything (an optimizer's second moments have some).
+        outliers: other values at least 2^10 times larger than the tensor's median magnitude: worth a look,
+            not proof of anything (an optimizer's second moments have some).
         minimum: smallest finite value.
         maximum: largest finite value.
         first: flat index of the first NaN, infinite or extreme element; -1 when there is none.
@@ -98,11 +99,13 @@ def diff(
     Raises:
         CheckpointError: a file cannot be read.
         SelectionError: the globs match nothing in either.
+        UsageError: a threshold that is not above 0.
     """
+    _check_threshold(threshold)
     with ExitStack() as stack:
         first = stack.enter_context(opened(a))
         second = stack.enter_context(opened(b))
-        names = {n: i for i, t in enumerate(second.tensors) for n in (t.name, *t.aliases)}
+        names = positions_by_name(second.tensors)
         wanted_a, wanted_b = _limited(first, tensors, second), _limited(second, tensors, first)
         rows: list[TensorDiff] = []
         seen: set[int] = set()
@@ -121,7 +124,9 @@ def diff(
         return rows + [TensorDiff(tensor=t.name, status="only in B") for t in rest]
 
 
-def scan(checkpoint: str | Path, *, tensors: tuple[str, ...] = (), threshold: float = EXTREME) -> list[TensorScan]:
+def scan(
+    checkpoint: str | Path, *, tensors: tuple[str, ...] = (), threshold: float = EXTREME
+) -> list[TensorScan]:
     """Look for NaN, infinite, extreme and outlying values in every floating-point tensor of a checkpoint.
 
     Args:
@@ -134,11 +139,15 @@ def scan(checkpoint: str | Path, *, tensors: tuple[str, ...] = (), threshold: fl
         SelectionError: the globs match nothing.
         UsageError: a threshold that is not above 0.
     """
-    if not threshold > 0:
-        raise UsageError(f"the threshold of extreme values must be above 0, not {threshold}")
+    _check_threshold(threshold)
     with opened(checkpoint) as target:
         wanted = select(target.tensors, names=tensors) if tensors else range(len(target.tensors))
         return [_scan_tensor(target, i, threshold) for i in wanted if target.tensors[i].number.is_float]
+
+
+def _check_threshold(threshold: float) -> None:
+    if not threshold > 0:
+        raise UsageError(f"the threshold of extreme values must be above 0, not {threshold}")
 
 
 def _limited(target: Checkpoint, globs: tuple[str, ...], other: Checkpoint) -> set[int]:
@@ -162,7 +171,9 @@ def _compare(first: Checkpoint, i: int, second: Checkpoint, j: int, threshold: f
     return sums.row(one)
 
 
-def _aligned(a: Iterator[NDArray[Any]], b: Iterator[NDArray[Any]]) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
+def _aligned(
+    a: Iterator[NDArray[Any]], b: Iterator[NDArray[Any]]
+) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
     """Blocks of equal length from two streams that cut the same words differently."""
     left = right = np.empty(0, np.uint8)
     while True:
@@ -190,37 +201,38 @@ class _Sums:
 
     def add(self, a: NDArray[Any], b: NDArray[Any]) -> None:
         number = self._number
-        same = np.array_equal(a, b)
-        if number.is_float:
-            values = to_values(a, number).astype(np.longdouble if number.part_width > 32 else np.float64)
-            nev_a = classify(a, number, self._threshold)
-            self._nev_a += int(sum(np.count_nonzero(c) for c in nev_a))
-            finite = ~(nev_a.nan | nev_a.inf)
+        values, nev_a = self._values(a), classify(a, number, self._threshold)
+        self._nev_a += _count(nev_a)
+        finite = ~(nev_a.nan | nev_a.inf)
+        if np.array_equal(a, b):
+            self._nev_b += _count(nev_a)
             self._norm2 += np.square(values[finite]).sum()
-            if same:
-                self._nev_b += int(sum(np.count_nonzero(c) for c in nev_a))
-        if same:
             return
+        nev_b = classify(b, number, self._threshold)
+        self._nev_b += _count(nev_b)
+        finite &= ~(nev_b.nan | nev_b.inf)
+        self._norm2 += np.square(values[finite]).sum()
         at = np.flatnonzero(a != b)
         self._words += at.size
         self._bits += popcount(a[at] ^ b[at])
-        if not number.is_float:
-            delta = to_values(b[at], number).astype(np.float64) - to_values(a[at], number).astype(np.float64)
-            self._max = max(self._max, float(np.abs(delta).max()))
-            return
-        nev_b = classify(b, number, self._threshold)
-        self._nev_b += int(sum(np.count_nonzero(c) for c in nev_b))
-        usable = at[finite[at] & ~(nev_b.nan | nev_b.inf)[at]]
+        usable = at[finite[at]]
         if usable.size:
-            delta = to_values(b[usable], number).astype(values.dtype) - values[usable]
+            delta = self._values(b[usable]) - values[usable]
             self._max = max(self._max, float(np.abs(delta).max()))
             self._delta2 += np.square(delta).sum()
-        numbers = at[~nev_a.nan[at] & ~nev_b.nan[at]]
-        if numbers.size:
+        numbers = at[~(nev_a.nan | nev_b.nan)[at]]
+        if number.is_float and numbers.size:
             self._ulp = max(self._ulp, int(_ulps(a[numbers], b[numbers], number).max()))
 
+    def _values(self, words: NDArray[Any]) -> NDArray[Any]:
+        kind = np.longdouble if self._number.part_width > 32 else np.float64
+        return to_values(words, self._number).astype(kind)
+
     def row(self, tensor: Tensor) -> TensorDiff:
-        relative = float(np.sqrt(self._delta2 / self._norm2)) if self._norm2 else float("inf") if self._delta2 else 0.0
+        if self._norm2:
+            relative = float(np.sqrt(self._delta2 / self._norm2))
+        else:
+            relative = float("inf") if self._delta2 else 0.0
         return TensorDiff(
             tensor=tensor.name,
             status="differs" if self._words else "same",
@@ -232,6 +244,10 @@ class _Sums:
             nev_a=self._nev_a,
             nev_b=self._nev_b,
         )
+
+
+def _count(classes: Classes) -> int:
+    return sum(int(np.count_nonzero(c)) for c in classes)
 
 
 def _ulps(a: NDArray[Any], b: NDArray[Any], number: NumberFormat) -> NDArray[np.uint64]:

@@ -85,7 +85,7 @@ class Findings:
         return _on_others(self.clean, self.trials), _on_critical(self.clean, self.trials)
 
 
-def run(out: str | Path, seeds: int = 3, *, progress: Callable[[str], None] | None = None) -> Findings:
+def run(out: str | Path, seeds: int = 5, *, progress: Callable[[str], None] | None = None) -> Findings:
     """Train the digits CNN, alter copies of one checkpoint, resume each, compare and draw.
 
     Args:

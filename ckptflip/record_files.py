@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import msgspec
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from ckptflip.bits import to_values
+from ckptflip.bits import NumberFormat, to_values
+from ckptflip.bits.words import valid_mask
 from ckptflip.checkpoints.files import new_file, sync
-from ckptflip.errors import CkptflipError, RecordError
-from ckptflip.faults.plan import COLUMNS, Plan, empty
-from ckptflip.faults.record import SCHEMA, Header, Record, TensorEntry, bits_of
+from ckptflip.errors import RecordError
+from ckptflip.faults.plan import COLUMNS, KINDS, Plan, empty
+from ckptflip.faults.policy import MOST_POLICIES
+from ckptflip.faults.record import SCHEMA, Header, Record, TensorEntry, bits_of, counts_of
+
+if TYPE_CHECKING:
+    import h5py
 
 _ROWS = 1 << 16
 _SUFFIXES_HDF5 = (".h5", ".hdf5")
@@ -117,11 +123,13 @@ def _tensor_lines(entry: TensorEntry, plan: Plan) -> list[FaultLine]:
     """Lines of faults that all lie in one tensor."""
     number = entry.number
     elements, parts = np.divmod(plan.word, number.parts)
-    index = np.stack(np.unravel_index(elements, entry.shape), axis=1).tolist() if entry.shape else [[]] * len(plan)
+    index: list[list[int]] = [[]] * len(plan)
+    if entry.shape:
+        index = np.stack(np.unravel_index(elements, entry.shape), axis=1).tolist()
     form = f"%0{-(-number.part_width // 4)}x"
     before, after = ([form % w for w in words.tolist()] for words in (plan.before, plan.after))
     values = (_json_values(words, entry) for words in (plan.before, plan.after))
-    sets = {p: tuple(i for i in range(16) if p >> i & 1) for p in np.unique(plan.policies).tolist()}
+    sets = {p: tuple(i for i in range(16) if p >> i & 1) for p in set(plan.policies.tolist())}
     return list(
         map(
             FaultLine,
@@ -140,7 +148,7 @@ def _tensor_lines(entry: TensorEntry, plan: Plan) -> list[FaultLine]:
 
 def _json_values(words: NDArray[np.uint64], entry: TensorEntry) -> list[Any]:
     values = to_values(words.astype(entry.number.word_dtype), entry.number)
-    listed = values.tolist()
+    listed: list[Any] = values.tolist()
     if entry.number.is_float:
         for i in np.flatnonzero(~np.isfinite(values)).tolist():
             listed[i] = str(listed[i])
@@ -164,16 +172,12 @@ def _read_lines(file: BinaryIO, path: Path) -> Record:
             try:
                 fault = decoder.decode(text)
                 tensor = names[fault.tensor]
-                shift = fault.part * numbers[tensor].part_width
-                values = (
-                    tensor,
-                    fault.element * numbers[tensor].parts + fault.part,
-                    sum(1 << (b - shift) for b in fault.bits),
-                    int(fault.before, 16),
-                    int(fault.after, 16),
-                    sum(1 << p for p in fault.policies),
-                )
-            except (msgspec.DecodeError, KeyError, ValueError) as why:
+                values = (tensor, *_columns(fault, numbers[tensor]))
+            except KeyError:
+                raise RecordError(
+                    f"record {path}, line {line}: its header names no tensor {fault.tensor!r}"
+                ) from None
+            except (ValueError, RecursionError) as why:
                 raise RecordError(f"record {path}, line {line}: {why}") from None
             for column, value in zip(columns, values, strict=True):
                 column.append(value)
@@ -182,12 +186,29 @@ def _read_lines(file: BinaryIO, path: Path) -> Record:
     return _checked(Record(header, plan), path)
 
 
+def _columns(fault: FaultLine, number: NumberFormat) -> tuple[int, int, int, int, int]:
+    """Word, hit, before, after and policies of a line; ValueError where they cannot be."""
+    if not 0 <= fault.part < number.parts:
+        raise ValueError(f"{number.name} has no part {fault.part}")
+    first = fault.part * number.part_width
+    hit = _bit_set([b - first for b in fault.bits], number.part_width, "bits")
+    policies = _bit_set(fault.policies, MOST_POLICIES, "policies")
+    word = fault.element * number.parts + fault.part
+    return word, hit, int(fault.before, 16), int(fault.after, 16), policies
+
+
+def _bit_set(bits: Sequence[int], end: int, what: str) -> int:
+    if len(set(bits)) < len(bits) or not all(0 <= b < end for b in bits):
+        raise ValueError(f"{what} must be distinct and in range")
+    return sum(1 << b for b in bits)
+
+
 def _plan_of(columns: tuple[list[int], ...], path: Path) -> Plan:
-    kinds = (np.int32, np.int64, np.uint64, np.uint64, np.uint64, np.uint16)
     try:
-        return Plan(*(np.array(c, kind) for c, kind in zip(columns, kinds, strict=True)))
+        made: list[Any] = [np.array(c, kind) for c, kind in zip(columns, KINDS, strict=True)]
     except OverflowError as why:
         raise RecordError(f"record {path}: a number is out of range: {why}") from None
+    return Plan(*made)
 
 
 def _write_hdf5(record: Record, path: Path) -> None:
@@ -205,26 +226,39 @@ def _read_hdf5(path: Path) -> Record:
     try:
         with h5py.File(path, "r") as file:
             header = _header(file["header"][()].tobytes(), path)
-            kinds = (np.int32, np.int64, np.uint64, np.uint64, np.uint64, np.uint16)
-            plan = Plan(*(file[c][()].astype(kind) for c, kind in zip(COLUMNS, kinds, strict=True)))
-    except (KeyError, AttributeError, TypeError) as why:
+            columns: list[Any] = [
+                _column(file[name], kind) for name, kind in zip(COLUMNS, KINDS, strict=True)
+            ]
+    # h5py raises nearly anything for damaged metadata; OSError is told by the caller.
+    except (LookupError, AttributeError, TypeError, ValueError, RuntimeError, MemoryError) as why:
         raise RecordError(f"{path} is HDF5, but no record: {why}") from None
-    if len({getattr(plan, c).shape for c in COLUMNS}) != 1 or plan.tensor.ndim != 1:
+    if len({c.shape for c in columns}) != 1 or columns[0].ndim != 1:
         raise RecordError(f"record {path} is damaged: its columns differ in length")
-    return _checked(Record(header, plan), path)
+    return _checked(Record(header, Plan(*columns)), path)
+
+
+def _column(dataset: h5py.Dataset, kind: type) -> NDArray[Any]:
+    if dataset.dtype.newbyteorder("=") != kind:
+        raise TypeError(f"{dataset.name} holds {dataset.dtype}, not {np.dtype(kind)}")
+    column: NDArray[Any] = dataset[()].astype(kind)
+    return column
 
 
 def _header(text: bytes, path: Path) -> Header:
     try:
         schema = msgspec.json.decode(text).get("schema")
         if isinstance(schema, int) and schema > SCHEMA:
-            raise RecordError(f"record {path} is of schema {schema}; this version reads up to {SCHEMA}: upgrade ckptflip")
+            raise RecordError(
+                f"record {path} is of schema {schema}; this version reads up to {SCHEMA}: upgrade ckptflip"
+            )
         header = msgspec.json.decode(text, type=Header)
         _ = [t.number for t in header.tensors]
-    except (msgspec.DecodeError, AttributeError, CkptflipError) as why:
-        if isinstance(why, RecordError):
-            raise
+    except RecordError:
+        raise
+    except (ValueError, AttributeError, RecursionError) as why:
         raise RecordError(f"{path} is not a ckptflip record: {why}") from None
+    if header.schema < 1 or len({t.name for t in header.tensors}) < len(header.tensors):
+        raise RecordError(f"record {path} is damaged: its header contradicts itself")
     return header
 
 
@@ -232,7 +266,9 @@ def _checked(record: Record, path: Path) -> Record:
     """The record, if it is whole and its positions lie inside its tensors."""
     plan, header = record.plan, record.header
     if len(plan) != header.counts.words_hit:
-        raise RecordError(f"record {path} is damaged: it lists {len(plan)} of {header.counts.words_hit} words")
+        raise RecordError(
+            f"record {path} is damaged: it lists {len(plan)} of {header.counts.words_hit} words"
+        )
     if not len(plan):
         return record
     if plan.tensor.min() < 0 or plan.tensor.max() >= len(header.tensors) or (np.diff(plan.tensor) < 0).any():
@@ -240,8 +276,15 @@ def _checked(record: Record, path: Path) -> Record:
     for tensor, rows in plan.by_tensor():
         entry = header.tensors[tensor]
         words = plan.word[rows]
-        most = int(np.prod(entry.shape, dtype=object)) * entry.number.parts
-        widest = np.maximum(plan.before[rows], plan.after[rows]).max()
-        if words[0] < 0 or words[-1] >= most or (np.diff(words) < 1).any() or int(widest) >> entry.number.part_width:
+        most = prod(entry.shape) * entry.number.parts if min(entry.shape, default=0) >= 0 else 0
+        inside = words[0] >= 0 and words[-1] < most < 2**63
+        if not inside or (np.diff(words) < 1).any():
             raise RecordError(f"record {path} is damaged: a fault lies outside {entry.name} {entry.shape}")
+        widest = int(np.maximum(plan.before[rows], plan.after[rows]).max())
+        if widest >> (8 * entry.number.word_size) or int(plan.hit[rows].max()) > valid_mask(entry.number):
+            raise RecordError(f"record {path} is damaged: a word is too wide for {entry.name} {entry.dtype}")
+    if ((plan.before ^ plan.after) & ~plan.hit).any() or counts_of(plan) != header.counts:
+        raise RecordError(
+            f"record {path} is damaged: its words do not differ in the bits that it says were hit"
+        )
     return record

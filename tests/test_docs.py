@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -15,11 +16,12 @@ ROOT = Path(__file__).parent.parent
 PAGES_WITH_EXAMPLES = ("README.md", "docs/policies.md", "docs/records.md", "docs/training.md", "docs/formats/hdf5.md")
 
 
-def load(name: str) -> ModuleType:
-    """A script of docs/ as a module."""
-    spec = importlib.util.spec_from_file_location(f"docs_{name}", ROOT / "docs" / f"{name}.py")
+def load(name: str, folder: str = "docs") -> ModuleType:
+    """A script as a module."""
+    spec = importlib.util.spec_from_file_location(f"{folder}_{name}", ROOT / folder / f"{name}.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
 
@@ -64,3 +66,10 @@ def test_every_example_page_has_examples() -> None:
 def test_links_between_pages_lead_somewhere(tmp_path: Path) -> None:
     pytest.importorskip("markdown")
     assert load("build").build(tmp_path) == []
+
+
+def test_the_speeds_in_the_readme_are_the_benchmark_s() -> None:
+    benchmark = load("inject", "benchmarks")
+    shown = (ROOT / "README.md").read_text("utf-8").partition(benchmark.MARKERS[0])[2].partition(benchmark.MARKERS[1])[0]
+    assert shown.strip() == benchmark.readme_table(benchmark.RESULTS.read_text("utf-8"))
+    assert shown.count("\n|") > 5

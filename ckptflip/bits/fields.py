@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-from dataclasses import dataclass
+from msgspec import Struct
 
 from ckptflip.bits.formats import NumberFormat
 from ckptflip.errors import UsageError
@@ -12,8 +11,7 @@ FIELDS = ("all", "sign", "exponent", "mantissa", "critical", "msb")
 MAX_WIDTH = 128
 
 
-@dataclass(frozen=True, slots=True)
-class BitSpec:
+class BitSpec(Struct, frozen=True):
     """Which bits of an element may be hit, for any number format.
 
     Terms are joined by commas: a field (`FIELDS`), a bit (``30``), a range (``23-30``, both ends
@@ -66,8 +64,11 @@ def _check(term: str, text: str) -> None:
         if last >= MAX_WIDTH:
             raise UsageError(f"bits {text!r}: no number has a bit {last}; bit 0 is the least significant")
         return
+    import difflib
+
     near = difflib.get_close_matches(term, FIELDS, 1)
-    hint = f"did you mean {near[0]!r}?" if near else f"use {', '.join(FIELDS)}, a bit such as 30 or a range such as 23-30"
+    known = f"use {', '.join(FIELDS)}, a bit such as 30 or a range such as 23-30"
+    hint = f"did you mean {near[0]!r}?" if near else known
     raise UsageError(f"bits {text!r}: {term!r} is not a bit field; {hint}")
 
 

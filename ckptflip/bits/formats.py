@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from msgspec import Struct
 
 from ckptflip.errors import UsageError
 
@@ -39,8 +39,7 @@ COMPLEX_PARTS = {
 NUMPY_FLOATS = ("float64", "float32", "float16")
 
 
-@dataclass(frozen=True, slots=True)
-class NumberFormat:
+class NumberFormat(Struct, frozen=True):
     """How one element is laid out in bits. Bit 0 is the least significant bit of the element.
 
     Attributes:
@@ -177,7 +176,9 @@ def lookup(dtype: DTypeLike) -> NumberFormat:
         return lookup_name(dtype)
     try:
         return lookup_name(np.dtype(dtype).name)
-    except TypeError as why:
+    except (TypeError, ValueError, SyntaxError) as why:
+        if isinstance(why, UsageError):
+            raise
         raise UsageError(f"{dtype!r} is not a dtype: {why}") from None
 
 
@@ -192,5 +193,6 @@ def numpy_dtype(number: NumberFormat) -> np.dtype[Any]:
     if name in ML_FLOATS or name in ML_INTEGERS:
         import ml_dtypes
 
-        return np.dtype(getattr(ml_dtypes, name))
-    return np.dtype(name)
+        name = getattr(ml_dtypes, name)
+    made: np.dtype[Any] = np.dtype(name)
+    return made

@@ -18,7 +18,7 @@ EXTREME = 1e10
 
 
 class Classes(NamedTuple):
-    """Boolean arrays of the words' shape: which are NaN, which infinite, which extreme (finite, too large)."""
+    """Boolean arrays of the words' shape: which are NaN, infinite, extreme (finite, but too large)."""
 
     nan: NDArray[np.bool_]
     inf: NDArray[np.bool_]
@@ -95,10 +95,14 @@ def encode(text: str, number: NumberFormat) -> int:
         if text.lower().startswith("0x"):
             word = int(text, 16)
             if word > top:
-                raise UsageError(f"the word {text} does not fit the {number.part_width} bits of {number.name}")
+                raise UsageError(
+                    f"the word {text} does not fit the {number.part_width} bits of {number.name}"
+                )
             return word
         value = float(text) if number.is_float else int(text)
-    except ValueError:
+    except ValueError as why:
+        if isinstance(why, UsageError):
+            raise
         kind = "a number" if number.is_float else "an integer"
         raise UsageError(f"{text!r} is not {kind} that {number.name} can hold") from None
     if isinstance(value, int):
@@ -108,9 +112,27 @@ def encode(text: str, number: NumberFormat) -> int:
         return value & top
     with np.errstate(all="ignore"):
         made = np.array(value).astype(numpy_dtype(number))
-    if math.isfinite(value) and not np.isfinite(made.astype(np.float64)):
-        raise UsageError(f"{text} is beyond the range of {number.name}; use inf to set an infinity")
+    _check_held(text, value, float(made), number)
     return int(made.reshape(1).view(number.word_dtype)[0]) & top
+
+
+def _check_held(text: str, value: float, made: float, number: NumberFormat) -> None:
+    """Raise UsageError unless `made`, of this format, is the number that the text asks for.
+
+    Formats without NaN or infinity silently give another value for them, and the narrowest also for
+    numbers beyond their largest.
+    """
+    if "n" in text.lower():  # nan, inf, infinity
+        if math.isnan(value) != math.isnan(made) or math.isinf(value) != math.isinf(made):
+            raise UsageError(f"{number.name} has no {'nan' if math.isnan(value) else 'infinity'}")
+    elif not math.isfinite(made) or (number.part_width < 8 and abs(value) > _largest(number)):
+        hint = "; use inf to set an infinity" if math.isinf(made) else ""
+        raise UsageError(f"{text} is beyond the range of {number.name}{hint}")
+
+
+def _largest(number: NumberFormat) -> float:
+    every = np.arange(1 << number.part_width, dtype=np.uint8)
+    return float(to_values(every, number).max())
 
 
 def scale(words: NDArray[Any], number: NumberFormat, factor: float) -> NDArray[Any]:
@@ -124,19 +146,21 @@ def scale(words: NDArray[Any], number: NumberFormat, factor: float) -> NDArray[A
         array([127,   6], dtype=uint8)
     """
     native = np.ascontiguousarray(words, dtype=number.word_dtype)
-    values = to_values(native, number).astype(np.float64)
+    values = to_values(native, number)
+    if not number.is_float:
+        return _saturated(values, number, factor)
     with np.errstate(all="ignore"):
-        product = values * factor
-        if number.is_float:
-            scaled = product.astype(numpy_dtype(number)).view(number.word_dtype)
-        else:
-            scaled = _saturated(product, number)
+        scaled = (values * factor).astype(numpy_dtype(number)).view(number.word_dtype)
     return np.where(np.isnan(values), native, scaled)
 
 
-def _saturated(product: NDArray[np.float64], number: NumberFormat) -> NDArray[Any]:
+def _saturated(values: NDArray[Any], number: NumberFormat, factor: float) -> NDArray[Any]:
+    from fractions import Fraction
+
     top = (1 << number.part_width) - 1
     low = -(1 << (number.part_width - 1)) if number.signed else 0
-    # Python's integers, because the ends of the 64-bit range are not floats.
-    whole = [low if p <= low else low + top if p >= low + top else round(p) for p in product.ravel().tolist()]
-    return np.array([w & top for w in whole], number.word_dtype).reshape(product.shape)
+    # Python's integers, because 64-bit ones are not all floats: even a factor of 1 would change some.
+    up, down = factor.as_integer_ratio()
+    whole = [round(Fraction(v * up, down)) for v in values.ravel().tolist()]
+    held = [min(max(w, low), low + top) & top for w in whole]
+    return np.array(held, number.word_dtype).reshape(values.shape)

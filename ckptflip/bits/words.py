@@ -52,11 +52,13 @@ def from_words(words: Words, dtype: DTypeLike, shape: tuple[int, ...]) -> NDArra
     native = np.ascontiguousarray(words, dtype=number.word_dtype)
     if number.parts == 1:
         return native.view(numpy_dtype(number)).reshape(shape)
-    if number.name in ("complex32", "bcomplex32"):
+    dtype = number.name
+    if dtype in ("complex32", "bcomplex32"):
         import ml_dtypes
 
-        return native.view(getattr(ml_dtypes, number.name)).reshape(shape)
-    return native.view(number.name).reshape(shape)
+        dtype = getattr(ml_dtypes, dtype)
+    numbers: NDArray[Any] = native.view(dtype).reshape(shape)
+    return numbers
 
 
 def gather(words: Words, at: NDArray[np.int64]) -> Words:
@@ -67,7 +69,8 @@ def gather(words: Words, at: NDArray[np.int64]) -> Words:
         array([3, 1], dtype=uint16)
     """
     taken = words[at]
-    return taken.astype(taken.dtype.newbyteorder("="), copy=False)
+    native: Words = taken.astype(taken.dtype.newbyteorder("="), copy=False)
+    return native
 
 
 def xor_at(words: Words, at: NDArray[np.int64], masks: NDArray[Any]) -> None:
@@ -87,8 +90,10 @@ def xor_at(words: Words, at: NDArray[np.int64], masks: NDArray[Any]) -> None:
         >>> w
         array([0, 3, 0], dtype=uint8)
     """
-    if masks.size and int(masks.max()) > np.iinfo(words.dtype).max:
-        raise UsageError(f"a mask of {int(masks.max()):#x} does not fit words of {words.dtype.itemsize * 8} bits")
+    top = np.iinfo(words.dtype).max
+    wide = [m for m in (int(masks.min()), int(masks.max())) if not 0 <= m <= top] if masks.size else []
+    if wide:
+        raise UsageError(f"a mask of {wide[0]:#x} does not fit words of {words.dtype.itemsize * 8} bits")
     np.bitwise_xor.at(words, at, masks.astype(words.dtype))
 
 

@@ -21,8 +21,8 @@ def pick(checkpoint: str | Path, epoch: int | None) -> Path:
     """The checkpoint of an epoch.
 
     Args:
-        checkpoint: a folder of checkpoints whose names end in their epoch (``epoch_005.h5``), or a pattern such as
-            ``runs/ckpt_{epoch:03d}.h5``.
+        checkpoint: a folder of checkpoints whose names end in their epoch (``epoch_005.h5``), or a pattern
+            such as ``runs/ckpt_{epoch:03d}.h5``.
         epoch: which one.
 
     Raises:
@@ -53,14 +53,20 @@ def _in_folder(folder: Path, epoch: int | None) -> Path:
         number = _NUMBER.search(path.stem)
         if path.suffix in _SUFFIXES and number:
             by_epoch.setdefault(int(number.group(1)), []).append(path)
-    there = f"there are epochs {_ranges(sorted(by_epoch))}" if by_epoch else "no file in it is named after an epoch"
+    there = (
+        f"there are epochs {_ranges(sorted(by_epoch))}"
+        if by_epoch
+        else "no file in it is named after an epoch"
+    )
     if epoch is None:
         raise UsageError(f"{folder} is a folder: say which checkpoint with --epoch N ({there})")
     found = by_epoch.get(epoch, [])
     if not found:
         raise CheckpointError(f"{folder} has no checkpoint of epoch {epoch}; {there}")
     if len(found) > 1:
-        raise CheckpointError(f"{folder} has several of epoch {epoch} ({', '.join(p.name for p in found)}); name one")
+        raise CheckpointError(
+            f"{folder} has several of epoch {epoch} ({', '.join(p.name for p in found)}); name one"
+        )
     return found[0]
 
 

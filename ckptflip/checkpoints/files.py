@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 
 from ckptflip.errors import CheckpointError, InUseError, UsageError
@@ -17,6 +15,7 @@ Progress = Callable[[int], None]
 _COPY_STEP = 1 << 26
 # Up to this size a digest of the whole file costs less than starting the program.
 DIGEST_LIMIT = 1 << 24
+_serial = count()
 
 
 @contextlib.contextmanager
@@ -33,6 +32,9 @@ def locked(path: Path, *, exclusive: bool) -> Iterator[None]:
     """
     if path.is_dir():
         raise CheckpointError(f"{path} is a folder; name a file in it, or pick one with --epoch")
+    if path.exists() and not path.is_file():
+        # Opening a pipe would wait for its other end.
+        raise CheckpointError(f"{path} is not a plain file")
     try:
         fd = os.open(path, os.O_RDWR if exclusive else os.O_RDONLY)
     except FileNotFoundError:
@@ -70,21 +72,22 @@ def new_file(path: Path, *, overwrite: bool, like: Path | None = None) -> Iterat
     """
     if not overwrite and path.exists():
         raise UsageError(f"{path} exists; name another with -o, or replace it with --overwrite")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{next(_serial)}.tmp")
     try:
-        fd, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
     except OSError as why:
         raise CheckpointError(f"{path} cannot be written: {why.strerror} ({path.parent})") from None
-    os.close(fd)
-    temporary = Path(name)
     try:
         yield temporary
         if like is not None:
-            shutil.copymode(like, temporary)
+            temporary.chmod(like.stat().st_mode & 0o7777)
         else:
             temporary.chmod(0o666 & ~_umask())
         _publish(temporary, path, overwrite=overwrite)
     except OSError as why:
-        raise CheckpointError(f"{path} cannot be written: {why.strerror or why}; nothing was left behind") from None
+        raise CheckpointError(
+            f"{path} cannot be written: {why.strerror or why}; nothing was left behind"
+        ) from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -160,5 +163,7 @@ def digest(path: Path, *, limit: int | None = DIGEST_LIMIT) -> str | None:
     """SHA-256 of a file as ``sha256:…``, or None when the file is larger than `limit` bytes."""
     if limit is not None and path.stat().st_size > limit:
         return None
+    import hashlib
+
     with path.open("rb") as file:
         return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"

@@ -1,7 +1,7 @@
 """The Fletcher-32 checksum as HDF5 computes it (the `fletcher32` filter of a chunked dataset).
 
-Source: HDF5 file format specification, "Fletcher32 filter"; big-endian 16-bit words, sums modulo 65535 in which
-a non-zero multiple of the modulus stays 65535, an odd last byte padded with zero.
+Source: HDF5 file format specification, "Fletcher32 filter"; big-endian 16-bit words, sums modulo 65535 in
+which a non-zero multiple of the modulus stays 65535, an odd last byte padded with zero.
 """
 
 from __future__ import annotations

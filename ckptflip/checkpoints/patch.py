@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from msgspec import Struct
 from numpy.typing import NDArray
 
 from ckptflip.errors import CheckpointError
@@ -22,8 +22,7 @@ _SPAN_LIMIT = 1 << 22
 _BATCH_BYTES = 1 << 24
 
 
-@dataclass(frozen=True, slots=True)
-class Patch:
+class Patch(Struct, frozen=True, eq=False):
     """Masks for words of one kind in one file.
 
     Attributes:
@@ -39,8 +38,7 @@ class Patch:
     masks: NDArray[Any]
 
 
-@dataclass(frozen=True, slots=True)
-class _Batch:
+class _Batch(Struct, frozen=True, eq=False):
     """Some spans of a file, read into one buffer."""
 
     starts: list[int]
@@ -51,7 +49,8 @@ class _Batch:
 
     def word_bytes(self, size: int) -> NDArray[np.uint8]:
         """The bytes of each word, shape (words, size)."""
-        return np.frombuffer(self.buffer, np.uint8)[self.at[:, None] + np.arange(size)]
+        taken: NDArray[np.uint8] = np.frombuffer(self.buffer, np.uint8)[self.at[:, None] + np.arange(size)]
+        return taken
 
 
 def read_words(fd: int, dtype: np.dtype[Any], offsets: NDArray[np.int64]) -> NDArray[Any]:
@@ -90,7 +89,9 @@ def xor_words(fd: int, dtype: np.dtype[Any], offsets: NDArray[np.int64], masks: 
             xor_words(fd, dtype, offsets[:done], masks[:done])
         if isinstance(why, CheckpointError):
             raise
-        raise CheckpointError(f"writing failed ({why.strerror}); every byte written so far was put back") from why
+        raise CheckpointError(
+            f"writing failed ({why.strerror}); every byte written so far was put back"
+        ) from why
 
 
 def apply_patches(patches: list[Patch]) -> None:
@@ -127,7 +128,9 @@ def _batches(fd: int, offsets: NDArray[np.int64], size: int) -> Iterator[_Batch]
         return
     step = np.diff(offsets)
     if offsets[0] < 0 or (step < size).any():
-        raise CheckpointError("words at negative, overlapping or unordered offsets: the file's index is damaged")
+        raise CheckpointError(
+            "words at negative, overlapping or unordered offsets: the file's index is damaged"
+        )
     breaks = (step > _GAP) | (np.diff(offsets // _SPAN_LIMIT) != 0)
     firsts = np.concatenate([[0], np.flatnonzero(breaks) + 1])
     starts = offsets[firsts]
@@ -144,7 +147,8 @@ def _batches(fd: int, offsets: NDArray[np.int64], size: int) -> Iterator[_Batch]
         buffer = bytearray().join([os.pread(fd, e - s, s) for s, e in zip(first, last, strict=True)])
         if len(buffer) != int(lengths[low:high].sum()):
             raise CheckpointError(
-                f"data is said to lie up to byte {last[-1]}, beyond the end of the file ({os.fstat(fd).st_size} bytes)"
+                f"data is said to lie up to byte {last[-1]}, beyond the end of the file "
+                f"({os.fstat(fd).st_size} bytes)"
             )
         yield _Batch(first, last, buffer, words, at)
 

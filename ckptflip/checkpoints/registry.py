@@ -37,7 +37,9 @@ def sniff(path: Path) -> str:
     if not head:
         raise CheckpointError(f"{path} is empty")
     if path.suffix.lower() in _HDF5_SUFFIXES:
-        raise CheckpointError(f"{path} is named like HDF5, but its signature is missing: damaged, or another format")
+        raise CheckpointError(
+            f"{path} is named like HDF5, but its signature is missing: damaged, or another format"
+        )
     raise CheckpointError(f"{path} is not an HDF5 checkpoint ({_looks_like(head)})")
 
 

@@ -12,19 +12,47 @@ from ckptflip.bits import NumberFormat
 
 # Parts of a path that group tensors without naming a layer.
 _CONTAINERS = frozenset(
-    "model state_dict model_state_dict model_weights optimizer optimizer_weights optimizer_state optimizer_state_dict "
-    "state layers _layer_checkpoint_dependencies params weights vars updater model:main optimizer:main _ema".split()
+    (
+        *(
+            "model",
+            "state_dict",
+            "model_state_dict",
+            "model_weights",
+            "model:main",
+            "params",
+            "weights",
+            "_ema",
+        ),
+        *(
+            "optimizer",
+            "optimizer_weights",
+            "optimizer_state",
+            "optimizer_state_dict",
+            "optimizer:main",
+            "updater",
+        ),
+        *("state", "layers", "_layer_checkpoint_dependencies", "vars"),
+    )
 )
-_RNG = frozenset("rng rng_state rng_states seed_generator seed_generator_state".split())
-_COUNTERS = frozenset("num_batches_tracked step steps iteration iterations epoch global_step t N".split())
-_STATISTICS = frozenset("running_mean running_var moving_mean moving_variance avg_mean avg_var".split())
-_WEIGHTS = frozenset("weight kernel W w weights in_proj_weight".split())
+_RNG = frozenset(("rng", "rng_state", "rng_states", "seed_generator", "seed_generator_state"))
+_COUNTERS = frozenset(
+    ("num_batches_tracked", "step", "steps", "iteration", "iterations", "epoch", "global_step", "t", "N")
+)
+_STATISTICS = frozenset(
+    ("running_mean", "running_var", "moving_mean", "moving_variance", "avg_mean", "avg_var")
+)
+_WEIGHTS = frozenset(["weight", "kernel", "W", "w", "weights", "in_proj_weight"])
 _WEIGHT_LIKE = re.compile(r"(weight|kernel)(_|$)|_(weight|kernel)$")
-_NORM_LIKE = re.compile(r"(^|_)(bn|batch_?norm(alization)?|layer_?norm(alization)?|group_?norm|norm|ln)(_?\d+)?$")
-_EMBEDDING_LIKE = re.compile(r"(^|_)(emb|embed|embedding|embeddings|emb_l)(_?\d+)?$")
+_NORM_LIKE = re.compile(
+    r"(^|_)(bn|batch_?norm(alization)?|layer_?norm(alization)?|group_?norm|rms_?norm|norm|ln)(_?\d+|_f)?$", re.IGNORECASE
+)
+# wte and wpe are GPT-2's token and position embeddings.
+_EMBEDDING_LIKE = re.compile(r"(^|_)(emb|embed|embedding|embeddings|emb_l)(_?\d+|_tokens|_positions)?$|^w[tp]e$")
 
 
-def guess(path: str, number: NumberFormat, ndim: int, siblings: Collection[str], given: str = "") -> tuple[str, str]:
+def guess(
+    path: str, number: NumberFormat, ndim: int, siblings: Collection[str], given: str = ""
+) -> tuple[str, str]:
     """The layer and the role of a tensor.
 
     Args:
@@ -98,13 +126,15 @@ def _role(
         return "norm"
     if is_bias:
         return "bias"
-    if variable in ("embeddings", "embedding") or (is_weight and any(_EMBEDDING_LIKE.search(w) for w in words)):
+    if variable in ("embeddings", "embedding") or (
+        is_weight and any(_EMBEDDING_LIKE.search(w) for w in words)
+    ):
         return "embedding"
     return "weight" if is_weight else "other"
 
 
 def _keras3(position: int, ndim: int, nearest: list[str], is_norm: bool) -> str:
-    """Keras 3 numbers a layer's variables: 0 kernel, 1 bias; a normalisation's 0 gamma, 1 beta, 2 mean, 3 variance."""
+    """Keras 3 numbers variables: 0 kernel, 1 bias; a normalisation's 0 gamma, 1 beta, 2 mean, 3 variance."""
     if is_norm:
         return "norm" if position < 2 else "statistic"
     if any(_EMBEDDING_LIKE.search(w) for w in nearest):

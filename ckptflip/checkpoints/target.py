@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from msgspec import Struct
 from numpy.typing import NDArray
 
 from ckptflip.faults.catalogue import Tensor
@@ -15,8 +15,7 @@ from ckptflip.faults.catalogue import Tensor
 CHECKSUM_MODES = ("repair", "leave")
 
 
-@dataclass(frozen=True, slots=True)
-class Skipped:
+class Skipped(Struct, frozen=True):
     """Something in a checkpoint that is no tensor to be altered, and why.
 
     Attributes:
@@ -28,8 +27,13 @@ class Skipped:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class Changes:
+def positions_by_name(tensors: Sequence[Tensor]) -> dict[str, int]:
+    """Where each name of a catalogue stands in it, aliases included; a tensor's own name goes first."""
+    aliases = {alias: i for i, t in enumerate(tensors) for alias in t.aliases}
+    return aliases | {t.name: i for i, t in enumerate(tensors)}
+
+
+class Changes(Struct, frozen=True, eq=False):
     """Masks to XOR into a checkpoint, ordered by tensor and then by word.
 
     Attributes:
@@ -74,8 +78,13 @@ class Checkpoint(Protocol):
         """All words of one tensor in order, in blocks of bounded size, native byte order."""
         ...
 
-    def by_patching(self, tensors: Sequence[int]) -> bool:
-        """Whether words of these tensors can be altered byte for byte, without rewriting the file."""
+    def by_patching(self, tensors: Sequence[int], words: Sequence[NDArray[np.int64]] | None = None) -> bool:
+        """Whether words of these tensors can be altered byte for byte, without rewriting the file.
+
+        Args:
+            tensors: positions in the catalogue.
+            words: for each, the words meant; None: any of its words.
+        """
         ...
 
     def alter(self, changes: Changes, checksum: str, path: Path | None = None) -> None:

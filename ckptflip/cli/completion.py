@@ -10,8 +10,8 @@ import click
 def command(shell: str) -> None:
     """Print the script that makes SHELL complete commands and options.
 
-    For bash: `eval "$(ckptflip completion bash)"` in ~/.bashrc; for zsh the same with zsh in ~/.zshrc; for fish:
-    `ckptflip completion fish > ~/.config/fish/completions/ckptflip.fish`.
+    For bash: `eval "$(ckptflip completion bash)"` in ~/.bashrc; for zsh the same with zsh in ~/.zshrc; for
+    fish: `ckptflip completion fish > ~/.config/fish/completions/ckptflip.fish`.
     """
     from click.shell_completion import get_completion_class
 

@@ -14,7 +14,7 @@ import click
     help="Folder for checkpoints, records, tracks and the figure; a former demo there is replaced.",
 )  # fmt: skip
 @click.option(
-    "--seeds", type=int, default=3, show_default=True, metavar="N", help="Altered copies per condition."
+    "--seeds", type=int, default=5, show_default=True, metavar="N", help="Altered copies per condition."
 )
 def command(out: Path, seeds: int) -> None:
     """Train, flip, resume, compare and draw, on scikit-learn's digits; in less than a minute."""

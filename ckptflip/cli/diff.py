@@ -14,7 +14,9 @@ COLUMNS = ("tensor", "status", "words", "bits", "max_abs", "relative_l2", "max_u
 @click.argument("b")
 @tensors_option
 @click.option("--all", "every", is_flag=True, help="List tensors that are the same, too.")
-@click.option("--threshold", type=float, default=1e10, show_default="1e10", help="Above this, a value is extreme.")
+@click.option(
+    "--threshold", type=float, default=1e10, show_default="1e10", help="Above this, a value is extreme."
+)
 @format_option
 @click.pass_context
 def command(
@@ -23,7 +25,8 @@ def command(
     """Compare two checkpoints A and B, tensor by tensor and bit by bit.
 
     Lists words and bits that differ, the largest |B−A|, the relative L2 distance, the largest distance in
-    representable numbers (ULP), and NaN, infinite and extreme values (nev) in each. Exit code 3 when they differ.
+    representable numbers (ULP), and NaN, infinite and extreme values (nev) in each. Exit code 3 when they
+    differ.
     """
     from msgspec import structs
 

@@ -1,4 +1,4 @@
-"""The entry point: finds a command when it is asked for, and turns errors into one message and an exit code."""
+"""The entry point: finds a command when it is asked for; turns errors into one message and an exit code."""
 
 from __future__ import annotations
 
@@ -102,7 +102,9 @@ def run(arguments: list[str]) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    click.echo(f"Error: {message}", err=True)
+    from ckptflip.cli.output import say
+
+    say(f"Error: {message}")
     return code
 
 

@@ -19,12 +19,14 @@ FORMATS = ("table", "json", "ndjson", "csv")
 _WORTH_A_BAR = 1 << 28
 
 
-class Several(click.ParamType):
+class Several(click.ParamType):  # type: ignore[type-arg]
     """A list written with commas; the option may also be repeated."""
 
     name = "list"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, ...]:
         """Split at commas."""
         if isinstance(value, tuple):
             return value
@@ -32,10 +34,14 @@ class Several(click.ParamType):
 
 
 def _several(*names: str, metavar: str, help_text: str) -> Callable[[F], F]:
-    def flatten(_: click.Context, __: click.Parameter, values: tuple[tuple[str, ...], ...]) -> tuple[str, ...]:
+    def flatten(
+        _: click.Context, __: click.Parameter, values: tuple[tuple[str, ...], ...]
+    ) -> tuple[str, ...]:
         return tuple(part for value in values for part in value)
 
-    return click.option(*names, type=Several(), multiple=True, metavar=metavar, callback=flatten, help=help_text)
+    return click.option(
+        *names, type=Several(), multiple=True, metavar=metavar, callback=flatten, help=help_text
+    )
 
 
 def _grouped(*options: Callable[[F], F]) -> Callable[[F], F]:
@@ -51,12 +57,17 @@ tensors_option = _several(
     "-t",
     "--tensors",
     metavar="GLOB,…",
-    help_text="Tensors by name: globs on the whole name, on its last part, or on a part that ends at a / or a dot. "
-    "!GLOB excludes.",
+    help_text="Tensors by name: globs on the whole name, on its last part, or on a part that ends at a / or "
+    "a dot. !GLOB excludes.",
 )
 
 format_option = click.option(
-    "--format", "form", type=click.Choice(FORMATS), default="table", show_default=True, help="Form of the listing."
+    "--format",
+    "form",
+    type=click.Choice(FORMATS),
+    default="table",
+    show_default=True,
+    help="Form of the listing.",
 )
 
 selection_options = _grouped(
@@ -104,7 +115,10 @@ amount_options = _grouped(
 
 destination_options = _grouped(
     click.option(
-        "-o", "--output", type=click.Path(), help="The new file.  [default: CKPT with .flipped before its suffix]"
+        "-o",
+        "--output",
+        type=click.Path(),
+        help="The new file.  [default: CKPT with .flipped before its suffix]",
     ),
     click.option("--in-place", is_flag=True, help="Alter CKPT itself; the record is on disk first."),
     click.option("--overwrite", is_flag=True, help="Replace the output and its record if they exist."),
@@ -131,12 +145,16 @@ def picked(checkpoint: str, epoch: int | None) -> Path:
     Raises:
         UsageError: --epoch beside a plain file.
     """
+    if epoch is None and "{" not in checkpoint and not Path(checkpoint).is_dir():
+        return Path(checkpoint)
     from ckptflip.checkpoints.epochs import is_many, pick
 
-    if epoch is None and not is_many(checkpoint):
-        return Path(checkpoint)
-    if epoch is not None and not is_many(checkpoint):
-        raise UsageError(f"--epoch picks from a folder or a pattern such as ckpt_{{epoch:03d}}.h5; {checkpoint} is a file")
+    if not is_many(checkpoint):
+        if epoch is None:
+            return Path(checkpoint)
+        raise UsageError(
+            f"--epoch picks from a folder or a pattern such as ckpt_{{epoch:03d}}.h5; {checkpoint} is a file"
+        )
     return pick(checkpoint, epoch)
 
 

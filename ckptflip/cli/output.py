@@ -59,10 +59,7 @@ def _cell(value: Any) -> str:
         return "-"
     if isinstance(value, float):
         return f"{value:.6g}"
-    if isinstance(value, tuple | list):
-        text = ",".join(str(v) for v in value)
-    else:
-        text = str(value)
+    text = ",".join(str(v) for v in value) if isinstance(value, tuple | list) else str(value)
     text = _printable(text)
     return text if len(text) <= _WIDEST else f"{text[: _WIDEST - 1]}…"
 
@@ -89,5 +86,7 @@ def _csv(rows: Iterable[dict[str, Any]], columns: Sequence[str]) -> None:
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(columns)
     for row in rows:
-        writer.writerow([",".join(map(str, v)) if isinstance(v, tuple | list) else v for v in (row[c] for c in columns)])
+        writer.writerow(
+            [",".join(map(str, v)) if isinstance(v, tuple | list) else v for v in (row[c] for c in columns)]
+        )
     click.echo(buffer.getvalue(), nl=False)

@@ -15,8 +15,15 @@ from ckptflip.cli import options
 @click.argument("ckpt")
 @options.destination_options
 @options.epoch_option
-@click.option("--record", "new_record", type=click.Path(), help="The record of this replay.  [default: OUTPUT.flips.jsonl]")
-@click.option("--checksum", type=click.Choice(CHECKSUM_MODES), help=f"{options.checksum_help}  [default: as recorded]")
+@click.option(
+    "--record",
+    "new_record",
+    type=click.Path(),
+    help="The record of this replay.  [default: OUTPUT.flips.jsonl]",
+)
+@click.option(
+    "--checksum", type=click.Choice(CHECKSUM_MODES), help=f"{options.checksum_help}  [default: as recorded]"
+)
 @options.format_option
 def command(record: str, ckpt: str, output: str | None, epoch: int | None, form: str, **given: Any) -> None:
     """Put the faults of RECORD into CKPT: the same bits of the same elements of the same tensors.
@@ -36,4 +43,7 @@ def command(record: str, ckpt: str, output: str | None, epoch: int | None, form:
     said(made, dry_run=given["dry_run"])
     differing = sum(made.plan.before != original.plan.before) if len(made) == len(original) else 0
     if differing:
-        say(f"{differing} of {len(made)} words held another value than in the record; the same bits were inverted in them")
+        say(
+            f"{differing} of {len(made)} words held another value than in the record; "
+            "the same bits were inverted in them"
+        )

@@ -24,8 +24,8 @@ FLIP_COLUMNS = ("tensor", "element", "index", "bits", "before", "after", "value_
 def command(record: str, flips: bool, form: str) -> None:
     """Say what a RECORD did: how many words and bits by tensor and bit field.
 
-    `critical` is the exponent's most significant bit and is not counted under `exponent` again; `value` are the bits
-    of integers. `bits` were hit, `effective` ones changed.
+    `critical` is the exponent's most significant bit and is not counted under `exponent` again; `value` are
+    the bits of integers. `bits` were hit, `effective` ones changed.
     """
     from ckptflip import record_files
     from ckptflip.cli.output import emit
@@ -52,7 +52,8 @@ def said(record: Record, *, dry_run: bool = False) -> None:
     header, counts = record.header, record.header.counts
     seed = f"seed {header.seed}" if header.seed is not None else f"replay of {header.replay_of}"
     say(
-        f"{_many(counts.bits_hit, 'bit')} hit in {_many(counts.words_hit, 'word')} of {_many(counts.tensors, 'tensor')}; "
+        f"{_many(counts.bits_hit, 'bit')} hit in {_many(counts.words_hit, 'word')} "
+        f"of {_many(counts.tensors, 'tensor')}; "
         f"{_many(counts.bits_effective, 'bit')} effective ({seed})"
     )
     if dry_run:

@@ -10,7 +10,9 @@ from ckptflip.cli.options import copy_progress
 @click.command()
 @click.argument("ckpt")
 @click.option("--record", required=True, type=click.Path(), help="The record of the injection to take back.")
-@click.option("-o", "--output", type=click.Path(), help="Write the restored checkpoint here; CKPT stays as it is.")
+@click.option(
+    "-o", "--output", type=click.Path(), help="Write the restored checkpoint here; CKPT stays as it is."
+)
 @click.option("--overwrite", is_flag=True, help="Replace the output if it exists.")
 def command(ckpt: str, record: str, output: str | None, overwrite: bool) -> None:
     """Give every word of CKPT that RECORD altered its value back.
@@ -27,5 +29,7 @@ def command(ckpt: str, record: str, output: str | None, overwrite: bool) -> None
     if done.digest_matches:
         say("the file is the original, byte for byte")
     elif done.digest_matches is False:
-        say("every recorded word has its value back; other bytes of the file differ from the original "
-            "(a compressed or otherwise encoded layout was written anew)")
+        say(
+            "every recorded word has its value back; other bytes of the file differ from the original "
+            "(a compressed or otherwise encoded layout was written anew)"
+        )

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from math import prod
+
+from msgspec import Struct
 
 from ckptflip.bits import NumberFormat
 from ckptflip.errors import SelectionError, UsageError
@@ -20,8 +20,7 @@ ROLE_GROUPS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Tensor:
+class Tensor(Struct, frozen=True):
     """One storage of numbers in a target, under its first name.
 
     Attributes:
@@ -71,7 +70,8 @@ def matches(name: str, pattern: str) -> bool:
     """Whether a glob selects a name: all of it, or a part of it that ends at a ``/`` or a ``.``.
 
     A pattern without ``/`` may also match from the start of the name's last path component. So ``conv1``
-    selects ``model/conv1.weight`` and never ``model/conv10.weight``.
+    selects ``model/conv1.weight`` and never ``model/conv10.weight``. A name always selects itself, also one
+    with brackets such as ``groups[0]``.
 
     Example:
         >>> matches("model/conv1.weight", "conv1"), matches("model/conv10.weight", "conv1")
@@ -86,7 +86,7 @@ class _Glob:
     """A glob ready to be asked about many names."""
 
     def __init__(self, pattern: str) -> None:
-        pattern = pattern.strip("/")
+        self._literal = pattern = pattern.strip("/")
         # fnmatch anchors its expression at the end of the string; here a name may end at a separator too.
         body = fnmatch.translate(pattern)[:-2]
         self._match = re.compile(rf"{body}(?=[/.]|\Z)").match
@@ -94,7 +94,7 @@ class _Glob:
 
     def __call__(self, name: str) -> bool:
         name = name.strip("/")
-        if self._match(name):
+        if name == self._literal or self._match(name):
             return True
         return self._bare and self._match(name.rpartition("/")[2]) is not None
 
@@ -139,6 +139,8 @@ def expand_roles(roles: Iterable[str]) -> frozenset[str]:
     wanted: set[str] = set()
     for role in roles:
         if role not in ROLES and role not in ROLE_GROUPS:
+            import difflib
+
             near = difflib.get_close_matches(role, [*ROLES, *ROLE_GROUPS], 1)
             hint = f"did you mean {near[0]!r}?" if near else f"use {', '.join([*ROLES, *ROLE_GROUPS])}"
             raise UsageError(f"no role is called {role!r}; {hint}")
@@ -147,7 +149,10 @@ def expand_roles(roles: Iterable[str]) -> frozenset[str]:
 
 
 def _by_glob(
-    tensors: Sequence[Tensor], globs: Sequence[str], option: str, names_of: Callable[[Tensor], tuple[str, ...]]
+    tensors: Sequence[Tensor],
+    globs: Sequence[str],
+    option: str,
+    names_of: Callable[[Tensor], tuple[str, ...]],
 ) -> set[int]:
     """Positions selected by globs: the union of the plain ones (all, if none) less the ``!`` ones."""
     wanted: set[int] = set()
@@ -168,6 +173,8 @@ def _by_glob(
 
 
 def _no_match(glob: str, option: str, known: set[str]) -> str:
+    import difflib
+
     names = sorted(n for n in known if n)
     spoken = {part: n for n in names for part in (n, n.rpartition("/")[2], n.rpartition(".")[0])}
     near = difflib.get_close_matches(glob, [*spoken], 1, cutoff=0.5)
@@ -186,5 +193,6 @@ def _nothing(
     if not tensors:
         return "the target holds no tensor whose bits can be altered"
     present = sorted({t.role for t in tensors})
-    asked = [f"{k} {', '.join(v)}" for k, v in (("tensors", names), ("layers", layers), ("roles", roles)) if v]
-    return f"no tensor satisfies {' and '.join(asked)} together; the target has the roles {', '.join(present)}"
+    conditions = (("tensors", names), ("layers", layers), ("roles", roles))
+    asked = " and ".join(f"{option} {', '.join(given)}" for option, given in conditions if given)
+    return f"no tensor satisfies {asked} together; the target has the roles {', '.join(present)}"

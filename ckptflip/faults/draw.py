@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
+from msgspec import Struct
 from numpy.typing import NDArray
 
 from ckptflip.bits import BitSpec, NumberFormat, classify
 from ckptflip.errors import GuardError, SelectionError
 from ckptflip.faults import elements, models, sampling
 from ckptflip.faults.catalogue import Tensor, select
-from ckptflip.faults.plan import Plan, ReadWords
+from ckptflip.faults.plan import Plan, ReadWords, empty
 from ckptflip.faults.policy import Policy
 
 # A guard that rejects all but one draw in a hundred still ends well within this many rounds.
 MOST_ROUNDS = 1000
+# Up to so many units are searched to the end for those that the guards allow.
+SEARCHED = 1 << 17
 
 
-@dataclass(frozen=True, slots=True)
-class _Stratum:
+class _Stratum(Struct, frozen=True, eq=False):
     """The units of one tensor: eligible elements × placements, numbered from `start`."""
 
     tensor: int
@@ -33,6 +35,16 @@ class _Stratum:
     @property
     def units(self) -> int:
         return self.elements.size * self.masks.size
+
+
+class _Columns(NamedTuple):
+    """The rows of a plan that lie in one tensor."""
+
+    tensor: int
+    word: NDArray[np.int64]
+    hit: NDArray[np.uint64]
+    before: NDArray[np.uint64]
+    after: NDArray[np.uint64]
 
 
 class Population:
@@ -106,21 +118,27 @@ class Population:
         count = 1 if policy.count is None else policy.count
         if count > self.units:
             unit = "words" if self.model.hits_words else "placements" if self.model.is_wide else "bits"
-            raise SelectionError(f"count {count} is larger than the {self.units} eligible {unit}; ask for fewer or widen the selection")
+            raise SelectionError(
+                f"count {count} is larger than the {self.units} eligible {unit}; "
+                "ask for fewer or widen the selection"
+            )
         return count
 
-    def _distinct(self, stream: sampling.Stream, n: int, taken: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
+    def _distinct(
+        self, stream: sampling.Stream, n: int, taken: NDArray[np.int64] | None = None
+    ) -> NDArray[np.int64]:
         """`n` more units by the policy's design, none of them in `taken`; ascending."""
         if len(self._ends) == 1 or self.policy.design == "uniform":
             return sampling.distinct(stream, self.units, n, taken)
         barred = np.empty(0, np.int64) if taken is None else taken
-        starts = np.array([0, *self._ends[:-1]], np.int64)
-        cuts = np.searchsorted(barred, [*starts.tolist(), self.units])
+        starts = [0, *self._ends[:-1]]
+        cuts = np.searchsorted(barred, [*starts, self.units])
         room = np.diff([0, *self._ends]) - np.diff(cuts)
-        wanted = _even_draw(stream, room, n)
+        wanted = _even_draw(stream, room, n).tolist()
+        groups = zip(starts, self._ends, wanted, cuts[:-1], cuts[1:], strict=True)
         drawn = [
             low + sampling.distinct(stream, end - low, k, barred[a:b] - low)
-            for low, end, k, a, b in zip(starts.tolist(), self._ends, wanted.tolist(), cuts[:-1], cuts[1:], strict=True)
+            for low, end, k, a, b in groups
             if k
         ]
         return np.concatenate(drawn) if drawn else np.empty(0, np.int64)
@@ -128,13 +146,15 @@ class Population:
     def _guarded(
         self, stream: sampling.Stream, units: NDArray[np.int64], guards: dict[str, float], separate: bool
     ) -> Plan:
-        wanted = units.size
+        wanted = drawn = units.size
+        refused = 0
         rejected = np.empty(0, np.int64)
-        for _ in range(MOST_ROUNDS):
+        for _ in range(MOST_ROUNDS if not separate or self._has_room(wanted) else 0):
             plan, owner = self._resolve(units)
-            forbidden = self._forbidden(plan, guards)
-            bad = forbidden[owner]
-            rejected = sampling.union(rejected, units[bad])
+            bad = self._forbidden(plan, guards)[owner]
+            refused += int(bad.sum())
+            # Of several faults in one word, only those that are bad by themselves are out for good.
+            rejected = sampling.union(rejected, self._bad_alone(units[bad], guards))
             if separate:
                 bad |= self._overlapping(plan, owner)
             if not bad.any():
@@ -142,40 +162,57 @@ class Population:
             units = units[~bad]
             taken = sampling.union(units, rejected)
             missing = wanted - units.size
-            if missing > self.units - taken.size:
+            if missing > self.units - taken.size or self._hopeless(drawn, wanted, refused):
                 break
+            drawn += missing
             units = sampling.union(units, self._distinct(stream, missing, taken))
         raise GuardError(self._impossible(wanted, guards, separate))
 
+    def _has_room(self, wanted: int) -> bool:
+        """Whether so many wide faults have enough bits to lie side by side."""
+        bits = sum(s.elements.size * _distinct_bits(s) for s in self._strata)
+        return wanted * self.model.pattern.bit_count() <= bits
+
+    def _hopeless(self, drawn: int, wanted: int, refused: int) -> bool:
+        """Whether the guards reject more than 99 in 100, and there is too much left to try it all."""
+        tried = drawn >= wanted + MOST_ROUNDS
+        return tried and refused * 100 > drawn * 99 and self.units > SEARCHED
+
+    def _located(
+        self, units: NDArray[np.int64]
+    ) -> Iterator[tuple[_Stratum, slice, NDArray[np.int64], NDArray[np.uint64]]]:
+        """For each tensor that ascending units lie in: which of them, their words and the bits they hit."""
+        cuts = np.searchsorted(units, [*self._starts.tolist(), self.units])
+        for stratum, low, high in zip(self._strata, cuts[:-1].tolist(), cuts[1:].tolist(), strict=True):
+            if low < high:
+                rank, placement = np.divmod(units[low:high] - stratum.start, stratum.masks.size)
+                words = stratum.elements.flat(rank) * stratum.number.parts + stratum.parts[placement]
+                yield stratum, slice(low, high), words, stratum.masks[placement]
+
     def _resolve(self, units: NDArray[np.int64]) -> tuple[Plan, NDArray[np.int64]]:
         """The plan of drawn units, and for each unit the row of the plan it became part of."""
-        columns: list[tuple[NDArray[np.int64], NDArray[np.uint64], NDArray[np.uint64], NDArray[np.uint64], int]] = []
+        columns: list[_Columns] = []
         owner = np.empty(units.size, np.int64)
-        cuts = np.searchsorted(units, [*self._starts.tolist(), self.units])
         rows = 0
-        for stratum, low, high in zip(self._strata, cuts[:-1].tolist(), cuts[1:].tolist(), strict=True):
-            if low == high:
-                continue
-            rank, placement = np.divmod(units[low:high] - stratum.start, stratum.masks.size)
-            words = stratum.elements.flat(rank) * stratum.number.parts + stratum.parts[placement]
+        for stratum, here, words, masks in self._located(units):
             firsts = np.flatnonzero(np.diff(words, prepend=-1))
-            owner[low:high] = rows + np.repeat(np.arange(firsts.size), np.diff(firsts, append=words.size))
-            hit = np.bitwise_or.reduceat(stratum.masks[placement], firsts)
+            owner[here] = rows + np.repeat(np.arange(firsts.size), np.diff(firsts, append=words.size))
+            hit = np.bitwise_or.reduceat(masks, firsts)
             words = words[firsts]
             before = self._read(stratum.tensor, words)
             after = self.model.apply(before, hit, stratum.number)
-            columns.append((words, hit, before.astype(np.uint64), after, stratum.tensor))
+            columns.append(_Columns(stratum.tensor, words, hit, before.astype(np.uint64), after))
             rows += words.size
         return self._assembled(columns, owner)
 
     def _assembled(
         self,
-        columns: list[tuple[NDArray[np.int64], NDArray[np.uint64], NDArray[np.uint64], NDArray[np.uint64], int]],
+        columns: list[_Columns],
         owner: NDArray[np.int64],
     ) -> tuple[Plan, NDArray[np.int64]]:
         # Strata follow the groups of the design; the rows of a plan follow the catalogue.
-        order = sorted(range(len(columns)), key=lambda i: columns[i][4])
-        sizes = np.array([c[0].size for c in columns], np.int64)
+        order = sorted(range(len(columns)), key=lambda i: columns[i].tensor)
+        sizes = np.array([c.word.size for c in columns], np.int64)
         if order != list(range(len(columns))):
             old_starts = np.cumsum(sizes) - sizes
             new_starts = np.empty_like(old_starts)
@@ -183,35 +220,53 @@ class Population:
             block = np.searchsorted(old_starts, owner, side="right") - 1
             owner = owner + (new_starts - old_starts)[block]
         parts = [columns[i] for i in order]
-        tensors = np.repeat(np.array([p[4] for p in parts], np.int32), [p[0].size for p in parts])
-        word, hit, before, after = (_joined([p[i] for p in parts], kind) for i, kind in enumerate(
-            (np.int64, np.uint64, np.uint64, np.uint64)))
+        if not parts:
+            return empty(), owner
+        tensors = np.repeat(np.array([p.tensor for p in parts], np.int32), [p.word.size for p in parts])
         policies = np.full(tensors.size, 1 << self._position, np.uint16)
-        return Plan(tensors, word, hit, before, after, policies), owner
+        plan = Plan(
+            tensors,
+            np.concatenate([p.word for p in parts]),
+            np.concatenate([p.hit for p in parts]),
+            np.concatenate([p.before for p in parts]),
+            np.concatenate([p.after for p in parts]),
+            policies,
+        )
+        return plan, owner
 
     def _forbidden(self, plan: Plan, guards: dict[str, float]) -> NDArray[np.bool_]:
         """The rows whose result a guard forbids."""
         bad = np.zeros(len(plan), bool)
         numbers = {s.tensor: s.number for s in self._strata}
         for tensor, rows in plan.by_tensor() if guards else ():
-            number = numbers[tensor]
-            found = classify(plan.after[rows].astype(number.word_dtype), number, guards.get("extreme", np.inf))
-            for kind in guards:
-                bad[rows] |= getattr(found, kind)
+            bad[rows] = _is_forbidden(plan.after[rows], numbers[tensor], guards)
         return bad
+
+    def _bad_alone(self, units: NDArray[np.int64], guards: dict[str, float]) -> NDArray[np.int64]:
+        """Those of the units whose result a guard forbids even when nothing else hits the word."""
+        bad = np.zeros(units.size, bool)
+        for stratum, here, words, masks in self._located(units):
+            each, back = np.unique(words, return_inverse=True)
+            before = self._read(stratum.tensor, each)[back]
+            bad[here] = _is_forbidden(self.model.apply(before, masks, stratum.number), stratum.number, guards)
+        return units[bad]
 
     def _overlapping(self, plan: Plan, owner: NDArray[np.int64]) -> NDArray[np.bool_]:
         """The units that share a bit with another: all of them, so that no placement is favoured."""
         bits = np.bincount(owner, minlength=len(plan)) * self.model.pattern.bit_count()
         crowded = bits != np.bitwise_count(plan.hit)
-        return crowded[owner]
+        shared: NDArray[np.bool_] = crowded[owner]
+        return shared
 
     def _impossible(self, wanted: int, guards: dict[str, float], separate: bool) -> str:
         if separate and not guards:
-            return f"{wanted} faults of {self.policy.fault!r} cannot be placed without overlap in {self.units} places; ask for fewer"
+            return (
+                f"{wanted} faults of {self.policy.fault!r} cannot be placed without overlap "
+                f"in {self.units} places; ask for fewer"
+            )
         return (
             f"{wanted} faults without {' or '.join(guards)} cannot be drawn from these {self.units} places: "
-            "too many of them would produce it; ask for fewer, or take bits out (such as bits 'all,!critical')"
+            "too many of them would produce it; ask for fewer, or take bits out (as in bits 'all,!critical')"
         )
 
 
@@ -228,7 +283,7 @@ def _groups(chosen: list[int], tensors: Sequence[Tensor], design: str) -> list[l
 
 
 def _even_draw(stream: sampling.Stream, room: NDArray[np.int64], n: int) -> NDArray[np.int64]:
-    """How many of `n` faults fall on each group: each fault on any group that has room, with the same chance."""
+    """How many of `n` faults fall on each group: each on any group with room, with the same chance."""
     counts = np.zeros(room.size, np.int64)
     while (missing := n - int(counts.sum())) > 0:
         open_groups = np.flatnonzero(counts < room)
@@ -238,8 +293,22 @@ def _even_draw(stream: sampling.Stream, room: NDArray[np.int64], n: int) -> NDAr
     return counts
 
 
-def _joined(arrays: list[NDArray[np.uint64]], kind: type) -> NDArray[np.uint64]:
-    return np.concatenate(arrays) if arrays else np.empty(0, kind)
+def _is_forbidden(
+    words: NDArray[np.uint64], number: NumberFormat, guards: dict[str, float]
+) -> NDArray[np.bool_]:
+    found = classify(words.astype(number.word_dtype), number, guards.get("extreme", np.inf))
+    bad = np.zeros(words.size, bool)
+    for kind in guards:
+        bad |= getattr(found, kind)
+    return bad
+
+
+def _distinct_bits(stratum: _Stratum) -> int:
+    """Bits of one element that some placement covers."""
+    covered = {int(p): 0 for p in stratum.parts}
+    for part, mask in zip(stratum.parts.tolist(), stratum.masks.tolist(), strict=True):
+        covered[part] |= mask
+    return sum(mask.bit_count() for mask in covered.values())
 
 
 def _nothing_eligible(policy: Policy, chosen: Sequence[Tensor]) -> str:
@@ -248,7 +317,10 @@ def _nothing_eligible(policy: Policy, chosen: Sequence[Tensor]) -> str:
     if all(t.size == 0 for t in chosen):
         return "the selected tensors are empty: they hold no bits"
     if not any(model.placements(t.number, BitSpec(policy.bits).mask(t.number)) for t in chosen):
-        return f"no selected tensor has bits {policy.bits!r} with room for {policy.fault!r}; their dtypes: {', '.join(kinds)}"
+        return (
+            f"no selected tensor has bits {policy.bits!r} with room for {policy.fault!r}; "
+            f"their dtypes: {', '.join(kinds)}"
+        )
     where = f"rows {policy.rows!r}" if policy.rows is not None else f"slice {policy.slice!r}"
     shapes = ", ".join(f"{t.name} {t.shape}" for t in chosen[:3])
     return f"{where} lies outside every selected tensor ({shapes}{' …' if len(chosen) > 3 else ''})"

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from math import prod
 
 import numpy as np
+from msgspec import Struct
 from numpy.typing import NDArray
 
 from ckptflip.errors import UsageError
@@ -13,8 +13,7 @@ from ckptflip.errors import UsageError
 Axis = range | NDArray[np.int64]
 
 
-@dataclass(frozen=True, slots=True)
-class Elements:
+class Elements(Struct, frozen=True, eq=False):
     """A product of positions along each axis of a tensor, numbered 0 … size-1 in C order.
 
     Attributes:
@@ -116,7 +115,7 @@ def _positions(term: str, length: int, where: str) -> range:
         last = int(high) if dash else first
     except ValueError:
         raise UsageError(
-            f"{where}: {term!r} is not a position (5), a range (10-20) or a slice with positive step (0:100:2)"
+            f"{where}: {term!r} is not a position (5), a range (10-20) or a slice of positive step (0:100:2)"
         ) from None
     if last < first:
         raise UsageError(f"{where}: the range {term} runs backwards")

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from msgspec import Struct
 from numpy.typing import NDArray
 
 from ckptflip.bits import NumberFormat, encode, lookup, scale
+from ckptflip.bits.words import valid_mask
 from ckptflip.errors import UsageError
 
 KINDS = "flip, set0, set1, burst:N, mask:101101, scale:F or value:X"
 
 
-@dataclass(frozen=True, slots=True)
-class FaultModel:
+class FaultModel(Struct, frozen=True):
     """A parsed fault model.
 
     Attributes:
@@ -74,17 +74,21 @@ class FaultModel:
         Returns:
             uint64 words.
         """
-        words = before.astype(np.uint64)
+        words: NDArray[np.uint64] = before.astype(np.uint64)
+        hits: NDArray[np.uint64] = hit
+        # A sub-byte number lies in a byte whose other bits are not its own; they stay as they are.
+        others = words & ~np.uint64(valid_mask(number))
         match self.kind:
             case "set0":
-                return words & ~hit
+                return words & ~hits
             case "set1":
-                return words | hit
+                return words | hits
             case "scale":
-                return scale(before.astype(number.word_dtype), number, self.factor).astype(np.uint64)
+                scaled = scale(before.astype(number.word_dtype), number, self.factor)
+                return others | (scaled.astype(np.uint64) & np.uint64(valid_mask(number)))
             case "value":
-                return np.full_like(words, encode(self.value, number))
-        return words ^ hit
+                return others | np.uint64(encode(self.value, number))
+        return words ^ hits
 
 
 def parse(text: str) -> FaultModel:
@@ -125,5 +129,7 @@ def _factor(text: str) -> float:
     except ValueError:
         factor = math.nan
     if not math.isfinite(factor):
-        raise UsageError(f"fault 'scale:{text}': the factor must be a finite number, such as scale:4 or scale:-0.5")
+        raise UsageError(
+            f"fault 'scale:{text}': the factor must be a finite number, such as scale:4 or scale:-0.5"
+        )
     return factor

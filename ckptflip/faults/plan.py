@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from msgspec import Struct
 from numpy.typing import NDArray
 
 from ckptflip.bits import popcount
@@ -17,8 +18,7 @@ from ckptflip.faults.policy import Policy, combine
 ReadWords = Callable[[int, NDArray[np.int64]], NDArray[np.unsignedinteger]]
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(Struct, frozen=True, eq=False):
     """Drawn faults: one row per word that is hit, ordered by tensor and then by word.
 
     A word is an element, or one part of a complex element (word = 2 · element + part).
@@ -60,21 +60,23 @@ class Plan:
     def by_tensor(self) -> Iterator[tuple[int, slice]]:
         """The rows of each tensor that is hit: (position in the catalogue, slice of rows)."""
         starts = np.flatnonzero(np.diff(self.tensor, prepend=-1))
-        for start, end in zip(starts.tolist(), [*starts[1:].tolist(), len(self)], strict=True):
+        for start, end in zip(starts.tolist(), np.append(starts, len(self))[1:].tolist(), strict=True):
             yield int(self.tensor[start]), slice(start, end)
 
     def take(self, rows: NDArray[np.bool_] | NDArray[np.int64] | slice) -> Plan:
         """The plan with some of its rows."""
-        return Plan(*(getattr(self, column)[rows] for column in COLUMNS))
+        columns: list[Any] = [getattr(self, column)[rows] for column in COLUMNS]
+        return Plan(*columns)
 
 
 COLUMNS = ("tensor", "word", "hit", "before", "after", "policies")
+KINDS = (np.int32, np.int64, np.uint64, np.uint64, np.uint64, np.uint16)
 
 
 def empty() -> Plan:
     """A plan with no faults."""
-    kinds = (np.int32, np.int64, np.uint64, np.uint64, np.uint64, np.uint16)
-    return Plan(*(np.empty(0, kind) for kind in kinds))
+    columns: list[Any] = [np.empty(0, kind) for kind in KINDS]
+    return Plan(*columns)
 
 
 def draw(policies: Policy | Sequence[Policy], tensors: Sequence[Tensor], read: ReadWords, seed: int) -> Plan:

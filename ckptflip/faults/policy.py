@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from ckptflip.bits import BitSpec
 from ckptflip.bits.values import EXTREME
@@ -62,6 +62,7 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     forbid: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        self._check_types()
         model = models.parse(self.fault)
         BitSpec(self.bits)
         elements.check(self.rows, self.slice)
@@ -81,7 +82,20 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         if self.ber is not None and self.design != "uniform":
             raise UsageError(f"ber gives every bit the same chance; it cannot be drawn per {self.design}")
         if model.hits_words and self.bits != "all":
-            raise UsageError(f"fault {self.fault!r} changes whole words; it cannot be limited to bits {self.bits!r}")
+            raise UsageError(
+                f"fault {self.fault!r} changes whole words; it cannot be limited to bits {self.bits!r}"
+            )
+
+    def _check_types(self) -> None:
+        """Give every field its declared type; lists become tuples, numpy's numbers Python's."""
+        for field in msgspec.structs.fields(self):
+            value = getattr(self, field.name)
+            plain = value.item() if isinstance(value, np.generic) else value
+            try:
+                typed = msgspec.convert(plain, field.type)
+            except msgspec.ValidationError as why:
+                raise UsageError(f"{field.name} {value!r} is of the wrong kind: {why}") from None
+            msgspec.structs.force_setattr(self, field.name, typed)
 
     @property
     def amount(self) -> str:
@@ -126,6 +140,8 @@ def load(path: str | Path) -> tuple[tuple[Policy, ...], int | None]:
     Raises:
         UsageError: no such file, not TOML, an unknown key or an impossible value; says where.
     """
+    import tomllib
+
     path = Path(path)
     try:
         data = tomllib.loads(path.read_text("utf-8"))
@@ -138,7 +154,9 @@ def load(path: str | Path) -> tuple[tuple[Policy, ...], int | None]:
         raise UsageError(f"policy {path}: seed must be a whole number ≥ 0, not {seed!r}")
     tables = data.pop("policy", None)
     if tables is not None and data:
-        raise UsageError(f"policy {path}: {', '.join(data)} stand beside [[policy]] tables; move them into one")
+        raise UsageError(
+            f"policy {path}: {', '.join(data)} stand beside [[policy]] tables; move them into one"
+        )
     many = tables if isinstance(tables, list) else [data if tables is None else tables]
     return tuple(_convert(table, path, i) for i, table in enumerate(many, 1)), seed
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import msgspec
 import numpy as np
+from msgspec import Struct
 from numpy.typing import NDArray
 
-from ckptflip.bits import NumberFormat, lookup
+from ckptflip.bits import NumberFormat
+from ckptflip.bits.formats import lookup_name
 from ckptflip.faults.catalogue import Tensor
 from ckptflip.faults.plan import Plan
 from ckptflip.faults.policy import Policy
@@ -32,7 +33,7 @@ class TensorEntry(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def number(self) -> NumberFormat:
         """The format of one element."""
-        return lookup(self.dtype.lstrip(">"))
+        return lookup_name(self.dtype.removeprefix(">"))
 
 
 class Counts(msgspec.Struct, frozen=True, kw_only=True):
@@ -85,8 +86,7 @@ class Header(msgspec.Struct, frozen=True, kw_only=True):
     digest_after: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
+class Record(Struct, frozen=True, eq=False):
     """What was done: a header and the faults with their words before and after.
 
     Attributes:
@@ -120,7 +120,7 @@ def counts_of(plan: Plan) -> Counts:
         bits_effective=plan.bits_effective,
         words_hit=len(plan),
         words_effective=plan.words_effective,
-        tensors=int(np.unique(plan.tensor).size),
+        tensors=sum(1 for _ in plan.by_tensor()),
     )
 
 
@@ -145,7 +145,7 @@ def entries_of(plan: Plan, tensors: Sequence[Tensor]) -> tuple[tuple[TensorEntry
 
 
 def bits_of(masks: NDArray[np.uint64], number: NumberFormat, parts: NDArray[np.int64]) -> list[list[int]]:
-    """The bits in each mask, counted over the whole element (an imaginary part's bits come after the real's)."""
+    """The bits in each mask, counted over the whole element (imaginary after real)."""
     known: dict[tuple[int, int], list[int]] = {}
     found = []
     for key in zip(masks.tolist(), parts.tolist(), strict=True):

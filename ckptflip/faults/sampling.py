@@ -1,11 +1,12 @@
 """Drawing positions: distinct ones, or each with a small probability. Same key, same draw, everywhere.
 
-Only the raw 64-bit output of PCG64 is used. numpy promises that stream for ever; it does not promise the
-streams of `Generator.choice` or `Generator.binomial`, which would tie a plan to numpy's version.
+Randomness is the output of SHAKE128 (FIPS 202) over the key. A standard fixes it for ever, on every machine
+and in every language; numpy does not promise that of the streams of its `Generator`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 
 import numpy as np
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 
 Positions = NDArray[np.int64]
 _CHUNK = 1 << 20
+_LN2 = 0.6931471805599453
 
 
 class Stream:
@@ -27,11 +29,17 @@ class Stream:
     """
 
     def __init__(self, *key: int) -> None:
-        self._bits = np.random.PCG64(np.random.SeedSequence(key[0], spawn_key=key[1:]))
+        self._key = "ckptflip " + " ".join(str(k) for k in key)
+        self._block = 0
 
     def raw(self, n: int) -> NDArray[np.uint64]:
-        """`n` uniform 64-bit words."""
-        return np.asarray(self._bits.random_raw(n), dtype=np.uint64)
+        """`n` uniform 64-bit words: little-endian, from SHAKE128 over ``ckptflip KEY… : BLOCK`` in ASCII."""
+        found = []
+        for start in range(0, n, _CHUNK):
+            hashed = hashlib.shake_128(f"{self._key} : {self._block}".encode())
+            found.append(hashed.digest(8 * min(_CHUNK, n - start)))
+            self._block += 1
+        return np.frombuffer(b"".join(found), "<u8").astype(np.uint64, copy=False)
 
     def below(self, end: int, n: int) -> Positions:
         """`n` uniform whole numbers in 0 … end-1, by rejection, so without modulo bias (0 < end < 2^63)."""
@@ -91,7 +99,7 @@ def union(first: Positions, second: Positions) -> Positions:
 def bernoulli(stream: Stream, end: int, p: float) -> Positions:
     """Each position in 0 … end-1 independently with probability `p`, ascending.
 
-    The gap before the next hit is geometric, so gaps are drawn instead of positions: their number is binomial,
+    The gap before the next hit is geometric, so gaps are drawn instead of positions: their count is binomial,
     the positions follow without replacement, and time and memory grow with the hits alone. A gap is
     floor(E / -log(1-p)) with E exponential, exact for every p down to 1e-12 and below (Devroye, Non-Uniform
     Random Variate Generation, 1986, X.2).
@@ -104,7 +112,7 @@ def bernoulli(stream: Stream, end: int, p: float) -> Positions:
         return np.arange(end, dtype=np.int64)
     if p <= 0 or end == 0:
         return np.empty(0, np.int64)
-    rate = -math.log1p(-p)
+    rate = float(_exponential(np.array(p)))
     hits: list[Positions] = []
     at = -1
     while at < end:
@@ -112,11 +120,29 @@ def bernoulli(stream: Stream, end: int, p: float) -> Positions:
         # A gap that reaches `end` means "no more hits" and is capped there; n keeps their sum inside int64.
         n = min(_CHUNK, 2**62 // end, int(expected + 6 * math.sqrt(expected) + 16))
         uniform = (stream.raw(n).astype(np.float64) + 0.5) * 2.0**-64
-        gaps = np.minimum(-np.log1p(-np.minimum(uniform, 1 - 2.0**-53)) / rate, float(end))
+        with np.errstate(over="ignore", divide="ignore"):  # below p = 1e-307 a gap can exceed every float
+            gaps = np.minimum(_exponential(np.minimum(uniform, 1 - 2.0**-53)) / rate, float(end))
         positions = at + np.cumsum(gaps.astype(np.int64) + 1)
         hits.append(positions[positions < end])
         at = int(positions[-1])
     return np.concatenate(hits)
+
+
+def _exponential(uniform: NDArray[np.float64]) -> NDArray[np.float64]:
+    """-log(1 - u) for 0 < u < 1, the same to the last bit on every machine.
+
+    The logarithms of numpy and of C libraries differ in their last bits from one processor to the next, which
+    moves a hit by a position now and then. This one is made of what IEEE 754 fixes: with s = u / (2 - u),
+    -log(1 - u) = 2 atanh s = 2 (s + s³/3 + s⁵/5 + …); above 1/2, powers of two are taken out of 1 - u first.
+    """
+    upper = uniform > 0.5
+    fraction, exponent = np.frexp(np.where(upper, 1 - uniform, 1.0))
+    s = np.where(upper, (1 - fraction) / (1 + fraction), uniform / (2 - uniform))
+    square, series = s * s, np.zeros_like(s)
+    for odd in range(35, 0, -2):  # s ≤ 1/3, so the next term is below the last bit
+        series = series * square + 1 / odd
+    logarithm: NDArray[np.float64] = 2 * s * series - np.where(upper, exponent, 0) * _LN2
+    return logarithm
 
 
 def _member(values: Positions, ascending: Positions) -> NDArray[np.bool_]:
@@ -124,4 +150,5 @@ def _member(values: Positions, ascending: Positions) -> NDArray[np.bool_]:
     if not ascending.size:
         return np.zeros(values.shape, bool)
     at = np.minimum(np.searchsorted(ascending, values), ascending.size - 1)
-    return ascending[at] == values
+    found: NDArray[np.bool_] = ascending[at] == values
+    return found

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from msgspec import Struct
 from numpy.typing import NDArray
 
 from ckptflip.checkpoints.fletcher import fletcher32
@@ -16,8 +16,7 @@ from ckptflip.checkpoints.hdf5.types import Field
 from ckptflip.checkpoints.patch import Patch
 
 
-@dataclass(frozen=True, slots=True)
-class TouchedWords:
+class TouchedWords(Struct, frozen=True, eq=False):
     """Altered words of one field of a dataset.
 
     Attributes:
@@ -67,6 +66,10 @@ def checksum_patches(chunks: Chunks, touched: Sequence[TouchedWords], fd: int, t
     return [Patch(str(target), np.dtype("<u4"), offsets, np.array([mask for _, mask in found], np.uint32))]
 
 
+# A write that is killed stops where a page of the file ends, and after a power failure where a sector does.
+_SECTOR = 512
+
+
 class _Versions:
     """One chunk's bytes now, after the change, and as the recorded fault left them."""
 
@@ -80,5 +83,13 @@ class _Versions:
     def mask(self) -> int:
         """What to XOR into the stored checksum; 0 to leave it."""
         right = fletcher32(self.after.tobytes())
-        known = self._stored in (self._now, right, fletcher32(self.faulty.tobytes()))
-        return self._stored ^ right if known else 0
+        known = (self._now, right, fletcher32(self.faulty.tobytes()))
+        return self._stored ^ right if self._stored in known or self._is_torn(known) else 0
+
+    def _is_torn(self, known: tuple[int, ...]) -> bool:
+        """Whether the stored checksum is the start of one known value and the end of another."""
+        cut = -self.offset % _SECTOR
+        if not 0 < cut < 4:
+            return False
+        stored, *values = (c.to_bytes(4, "little") for c in (self._stored, *known))
+        return any(stored[:cut] == v[:cut] for v in values) and any(stored[cut:] == v[cut:] for v in values)

@@ -20,8 +20,8 @@ _NAMES = count()
 class ChunkCodec:
     """Decodes and encodes chunks as one dataset's filter pipeline does.
 
-    A checksum that does not match is no obstacle to reading: a checkpoint altered with its checksum left alone
-    must stay readable for `diff` and `undo`.
+    A checksum that does not match is no obstacle to reading: a checkpoint altered with its checksum left
+    as it was must stay readable for `diff` and `undo`.
 
     Args:
         dataset: the low-level dataset whose pipeline is used.
@@ -61,6 +61,10 @@ class ChunkCodec:
             stored = with_checksum(stored[:-4])
         try:
             self._scratch.write_direct_chunk(self._origin, stored, filter_mask)
+            if filter_mask:
+                # HDF5 2.0 forgets which filters were skipped until the dataset is opened anew.
+                self._scratch.close()
+                self._scratch = h5d.open(self._file, b"chunk")
             records = self._records()
             self._scratch.read(h5s.ALL, h5s.ALL, records, self._kind)
         except (OSError, ValueError) as why:
@@ -79,9 +83,12 @@ class ChunkCodec:
         self._scratch.write(h5s.ALL, h5s.ALL, data, self._kind)
         # Until then a chunk may live in the cache alone, and its stored size reads as 0.
         h5f.flush(self._file)
-        filter_mask, stored = self._scratch.read_direct_chunk(self._origin)
+        _, stored = self._scratch.read_direct_chunk(self._origin)
+        filter_mask = self._scratch.get_chunk_info(0).filter_mask
         if not np.array_equal(self.decode(bytes(stored), filter_mask), records):
-            raise CheckpointError(f"{self._name}: its filters cannot store the altered words exactly; leave this tensor out")
+            raise CheckpointError(
+                f"{self._name}: its filters cannot store the altered words exactly; leave this tensor out"
+            )
         return bytes(stored), filter_mask
 
     def fill(self) -> NDArray[np.uint8]:

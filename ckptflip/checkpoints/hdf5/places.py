@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import product
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from msgspec import Struct
 from numpy.typing import NDArray
 
 from ckptflip.checkpoints import patch
@@ -38,14 +38,15 @@ def word_bytes(inner: Positions, field: Field) -> NDArray[np.int64]:
     return (field.offset + inner * size)[:, None] + np.arange(size)
 
 
-def intra_record(records: NDArray[np.uint8], inner: Positions, field: Field, stored: np.dtype[Any]) -> NDArray[Any]:
+def intra_record(
+    records: NDArray[np.uint8], inner: Positions, field: Field, stored: np.dtype[Any]
+) -> NDArray[Any]:
     """Take one word out of each record: `records` has shape (words, bytes of a record)."""
     taken = np.take_along_axis(records, word_bytes(inner, field), axis=1)
     return np.ascontiguousarray(taken).view(stored)[:, 0].astype(stored.newbyteorder("="))
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(Struct, frozen=True, eq=False):
     """Words that lie at byte offsets of one file.
 
     Attributes:
@@ -67,15 +68,24 @@ class Place:
         try:
             fd = os.open(self.path, os.O_RDONLY)
         except OSError as why:
-            raise CheckpointError(f"the external data file {self.path} cannot be read: {why.strerror}") from None
+            raise CheckpointError(
+                f"the external data file {self.path} cannot be read: {why.strerror}"
+            ) from None
         try:
             return patch.read_words(fd, stored, self.offsets)
         finally:
             os.close(fd)
 
 
-def segments_of(place: Dataset, logical: Positions, checkpoint: Path, name: str) -> list[Place]:
-    """Where bytes of an externally stored dataset lie.
+def segments_of(place: Dataset, logical: Positions, size: int, checkpoint: Path, name: str) -> list[Place]:
+    """Where words of an externally stored dataset lie.
+
+    Args:
+        place: the dataset.
+        logical: where each word starts in the dataset, in bytes, ascending.
+        size: bytes of a word.
+        checkpoint: the file that names the external ones.
+        name: the tensor's, for messages.
 
     Raises:
         CheckpointError: a segment lies outside the checkpoint's own folder: a file from a stranger must not
@@ -87,9 +97,13 @@ def segments_of(place: Dataset, logical: Positions, checkpoint: Path, name: str)
     for file, offset, length in place.segments:
         path = (home / file).resolve()
         if not path.is_relative_to(home):
-            raise CheckpointError(f"{name} keeps its data in {file!r}, outside the checkpoint's folder: it is left alone")
+            raise CheckpointError(
+                f"{name} keeps its data in {file!r}, outside the checkpoint's folder: it is left alone"
+            )
         end = min(start + length, 1 << 62)  # an unlimited segment has the largest length there is
         rows = np.flatnonzero((logical >= start) & (logical < end))
+        if rows.size and logical[rows[-1]] + size > end:
+            raise CheckpointError(f"{name} has an element that lies in two external files: it is left alone")
         if rows.size:
             found.append(Place(str(path), offset + logical[rows] - start, rows))
         start = end
@@ -98,8 +112,7 @@ def segments_of(place: Dataset, logical: Positions, checkpoint: Path, name: str)
     return found
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
+class Part(Struct, frozen=True, eq=False):
     """The asked records that lie in one chunk.
 
     Attributes:
@@ -209,7 +222,9 @@ class Chunks:
         assert self._index is not None
         self._index[tuple(info.chunk_offset)] = (info.byte_offset, info.size, info.filter_mask)
 
-    def _checked(self, coordinates: tuple[int, ...], offset: int, size: int, mask: int) -> tuple[int, int, int]:
+    def _checked(
+        self, coordinates: tuple[int, ...], offset: int, size: int, mask: int
+    ) -> tuple[int, int, int]:
         if self._shift is None:
             # Some HDF5 versions count a chunk's place from the end of the user block: ask the bytes.
             _, data = self._dataset.read_direct_chunk(coordinates)
@@ -219,5 +234,7 @@ class Chunks:
         least = self._payload + (4 if self._place.filters else 0) if raw else 0
         if offset < 0 or offset + size > self._size or size < least:
             name = self._place.key.decode("utf-8", "backslashreplace")
-            raise CheckpointError(f"{name}: the chunk at {coordinates} is said to lie outside the file: its index is damaged")
+            raise CheckpointError(
+                f"{name}: the chunk at {coordinates} is said to lie outside the file: its index is damaged"
+            )
         return offset, size, mask

@@ -41,8 +41,8 @@ def rewrite(
         datasets: where each tensor lies.
         fields: how its words lie in a record.
         checksum: ``repair`` or ``leave``.
-        gathered: for tensors whose data lie in other files, the records of the dataset, shape (records, bytes).
-            The copy then holds them itself, so that those files stay as they are.
+        gathered: for tensors whose data lie in other files, the records of the dataset, shape (records,
+            bytes). The copy then holds them itself, so that those files stay as they are.
 
     Raises:
         CheckpointError: the library refuses.
@@ -63,7 +63,7 @@ def rewrite(
                     _alter_chunks(own[place.key], place, field, words, masks, checksum)
                 else:
                     _alter_records(own[place.key], place, field, words, masks)
-    except (OSError, RuntimeError, ValueError) as why:
+    except (OSError, RuntimeError, ValueError, KeyError) as why:
         raise CheckpointError(f"{path.name} cannot be rewritten: {why}") from None
 
 
@@ -81,22 +81,27 @@ def _xor_records(
 
 
 def _alter_chunks(
-    dataset: Any, place: Dataset, field: Field, words: NDArray[np.int64], masks: NDArray[np.uint64], checksum: str
+    dataset: Any,
+    place: Dataset,
+    field: Field,
+    words: NDArray[np.int64],
+    masks: NDArray[np.uint64],
+    checksum: str,
 ) -> None:
     codec = ChunkCodec(dataset, place.key.decode("utf-8", "backslashreplace"))
     records, inner = split(words, field)
     for part in Chunks(dataset, place).locate(records):
-        old, old_mask = b"", 0
+        old = b""
         if part.offset is None:
             chunk = np.repeat(codec.fill(), prod(place.chunk), axis=0)
         else:
-            old_mask, data = dataset.read_direct_chunk(part.coordinates)
-            old = bytes(data)
-            chunk = codec.decode(old, old_mask).copy()
+            # Not the mask that is read with the chunk: HDF5 2.0 gives 0 for a chunk that was just written.
+            old = bytes(dataset.read_direct_chunk(part.coordinates)[1])
+            chunk = codec.decode(old, part.filter_mask).copy()
         _xor_records(chunk, inner[part.rows], field, masks[part.rows], part.within)
         stored, mask = codec.encode(chunk)
         if old:
-            stored = codec.settle_checksum(old, stored, old_mask, mask, checksum)
+            stored = codec.settle_checksum(old, stored, part.filter_mask, mask, checksum)
         dataset.write_direct_chunk(part.coordinates, stored, mask)
 
 
@@ -125,7 +130,9 @@ def _hold(file: h5py.File, place: Dataset, records: NDArray[np.uint8], aliases: 
     kind = old.get_type()
     space = h5s.create_simple(place.shape) if place.shape else h5s.create(h5s.SCALAR)
     new = h5d.create(file.id, None, kind, space, h5p.create(h5p.DATASET_CREATE))
-    new.write(h5s.ALL, h5s.ALL, np.ascontiguousarray(records).view(f"V{place.record}").reshape(place.shape), kind)
+    new.write(
+        h5s.ALL, h5s.ALL, np.ascontiguousarray(records).view(f"V{place.record}").reshape(place.shape), kind
+    )
     kept, moved = h5py.Dataset(old), h5py.Dataset(new)
     for name in kept.attrs:
         moved.attrs[name] = kept.attrs[name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from math import prod
@@ -49,7 +50,8 @@ class HDF5Checkpoint:
             found = walk(self._file.id, size, self._user_block)
         except (OSError, RuntimeError, KeyError, ValueError) as why:
             self._file.close()
-            raise CheckpointError(f"{path} is damaged HDF5: {why}") from None
+            # A KeyError shows its text in quotes.
+            raise CheckpointError(f"{path} is damaged HDF5: {why.args[0] if why.args else why}") from None
         self._size = size
         self._descriptor = os.open(path, os.O_RDONLY)
         self._datasets, self._fields = found.datasets, found.fields
@@ -70,10 +72,18 @@ class HDF5Checkpoint:
         Raises:
             CheckpointError: the data cannot be read.
         """
-        try:
+        with self._readable(tensor):
             return self._read(tensor, words)
+
+    @contextlib.contextmanager
+    def _readable(self, tensor: int) -> Iterator[None]:
+        """Errors of the library as ours."""
+        try:
+            yield
         except (OSError, RuntimeError, ValueError) as why:
-            raise CheckpointError(f"{self.path}: {self.tensors[tensor].name} cannot be read: {why}") from None
+            raise CheckpointError(
+                f"{self.path}: {self.tensors[tensor].name} cannot be read: {why}"
+            ) from None
 
     def _read(self, tensor: int, words: NDArray[np.int64]) -> NDArray[Any]:
         place = self._datasets[tensor]
@@ -98,7 +108,12 @@ class HDF5Checkpoint:
         records, inner = split(words, field)
         for part in chunks.locate(records):
             if part.offset is not None and not place.coded and not part.filter_mask:
-                offsets = part.offset + part.within * place.record + field.offset + inner[part.rows] * stored.itemsize
+                offsets = (
+                    part.offset
+                    + part.within * place.record
+                    + field.offset
+                    + inner[part.rows] * stored.itemsize
+                )
                 order = np.argsort(offsets)
                 found[part.rows[order]] = patch.read_words(self._descriptor, stored, offsets[order])
             else:
@@ -123,10 +138,14 @@ class HDF5Checkpoint:
         for start in range(0, total, step):
             end = min(total, start + step)
             if place.kind == "flat" and plain:
-                raw = os.pread(self._descriptor, (end - start) * stored.itemsize, place.offset + start * stored.itemsize)
+                raw = os.pread(
+                    self._descriptor, (end - start) * stored.itemsize, place.offset + start * stored.itemsize
+                )
                 yield np.frombuffer(raw, stored).astype(stored.newbyteorder("="), copy=False)
             elif place.kind == "chunked" and plain:
-                yield self._chunk_rows(tensor, start // per_row, -(-end // per_row), stored)
+                with self._readable(tensor):
+                    rows = self._chunk_rows(tensor, start // per_row, -(-end // per_row), stored)
+                yield rows
             else:
                 yield self.read(tensor, np.arange(start, end, dtype=np.int64))
 
@@ -138,7 +157,9 @@ class HDF5Checkpoint:
         for origin in chunks.origins(first, last):
             here = tuple(
                 slice(o - (first if axis == 0 else 0), min(o + c, n) - (first if axis == 0 else 0))
-                for axis, (o, c, n) in enumerate(zip(origin, place.chunk, (last, *place.shape[1:]), strict=True))
+                for axis, (o, c, n) in enumerate(
+                    zip(origin, place.chunk, (last, *place.shape[1:]), strict=True)
+                )
             )
             kept = tuple(slice(s.stop - s.start) for s in here)
             chunk = chunks.decoded(origin)
@@ -183,9 +204,13 @@ class HDF5Checkpoint:
         target = path or self.path
         for tensor, rows in changes.by_tensor():
             words = changes.word[rows]
-            if not self._patchable(tensor, words) or (path is not None and self._datasets[tensor].kind == "external"):
+            if not self._patchable(tensor, words) or (
+                path is not None and self._datasets[tensor].kind == "external"
+            ):
                 if path is None:
-                    raise CheckpointError(f"{self.tensors[tensor].name} cannot be altered in place; write a new file with -o")
+                    raise CheckpointError(
+                        f"{self.tensors[tensor].name} cannot be altered in place; write a new file with -o"
+                    )
                 rest[tensor] = rows
                 continue
             patches += self._patches(tensor, words, changes.mask[rows], target)
@@ -216,7 +241,7 @@ class HDF5Checkpoint:
         if place.virtual:
             return self._library_records(place, np.arange(place.records, dtype=np.int64))
         every = np.arange(0, place.records * place.record, dtype=np.int64)
-        parts = segments_of(place, every, self.path, self.tensors[tensor].name)
+        parts = segments_of(place, every, 1, self.path, self.tensors[tensor].name)
         return np.concatenate([p.read(np.dtype("u1")) for p in parts]).reshape(-1, place.record)
 
     def _patches(
@@ -227,7 +252,9 @@ class HDF5Checkpoint:
         if self._datasets[tensor].kind != "chunked":
             parts = self._flat_places(tensor, words)
             return [
-                patch.Patch(str(target) if p.path == str(self.path) else p.path, stored, p.offsets, masks[p.rows])
+                patch.Patch(
+                    str(target) if p.path == str(self.path) else p.path, stored, p.offsets, masks[p.rows]
+                )
                 for p in parts
             ]
         offsets = self._chunk_offsets(tensor, words)
@@ -254,7 +281,7 @@ class HDF5Checkpoint:
         logical = records * place.record + field.offset + inner * field.number.word_size
         if place.kind == "flat":
             return [Place(str(self.path), place.offset + logical, np.arange(words.size), self._descriptor)]
-        return segments_of(place, logical, self.path, self.tensors[tensor].name)
+        return segments_of(place, logical, field.number.word_size, self.path, self.tensors[tensor].name)
 
     def _chunks_of(self, place: Dataset) -> Chunks:
         if place.key not in self._chunks:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 from h5py import h5t
+from msgspec import Struct
 
 from ckptflip.bits import NumberFormat, lookup
 from ckptflip.bits.formats import COMPLEX_PARTS, ML_FLOATS, ML_INTEGERS
@@ -31,8 +31,7 @@ _NO_NUMBERS = {
 _COMPLEX_CLASS = getattr(h5t, "COMPLEX", None)
 
 
-@dataclass(frozen=True, slots=True)
-class Field:
+class Field(Struct, frozen=True):
     """Numbers of one kind inside every record of a dataset.
 
     Attributes:
@@ -73,6 +72,9 @@ def fields(kind: Any, named: str = "") -> list[Field]:
     if cls in _NO_NUMBERS:
         raise NotNumbersError(_NO_NUMBERS[cls])
     if cls == h5t.COMPOUND:
+        if _has_variable_parts(kind):
+            # The library tells where a field lies in memory, and such parts are of another size on disk.
+            raise NotNumbersError("a compound with variable-length parts or region references")
         return _compound(kind)
     if cls == h5t.ARRAY:
         inner = fields(kind.get_super())
@@ -134,14 +136,30 @@ def _named(name: str, size: int, otherwise: str) -> NumberFormat:
 
 
 def _is_bool(kind: Any) -> bool:
-    return kind.get_size() == 1 and kind.get_nmembers() == 2 and {
-        kind.get_member_name(i).upper() for i in range(2)
-    } == {b"FALSE", b"TRUE"}
+    return (
+        kind.get_size() == 1
+        and kind.get_nmembers() == 2
+        and {kind.get_member_name(i).upper() for i in range(2)} == {b"FALSE", b"TRUE"}
+    )
+
+
+def _has_variable_parts(kind: Any) -> bool:
+    """Whether a type holds anything, at any depth, that is kept elsewhere in the file."""
+    cls = kind.get_class()
+    if cls == h5t.COMPOUND:
+        return any(_has_variable_parts(kind.get_member_type(i)) for i in range(kind.get_nmembers()))
+    if cls == h5t.ARRAY:
+        return _has_variable_parts(kind.get_super())
+    if cls == h5t.STRING:
+        return bool(kind.is_variable_str())
+    return cls == h5t.VLEN or (cls == h5t.REFERENCE and not kind.equal(h5t.STD_REF_OBJ))
 
 
 def _compound(kind: Any) -> list[Field]:
     count = kind.get_nmembers()
-    members = [(kind.get_member_name(i), kind.get_member_type(i), kind.get_member_offset(i)) for i in range(count)]
+    members = [
+        (kind.get_member_name(i), kind.get_member_type(i), kind.get_member_offset(i)) for i in range(count)
+    ]
     if [m[0] for m in members] in ([b"r", b"i"], [b"real", b"imag"]):
         (_, real, at), (_, imag, then) = members
         if real.get_class() == h5t.FLOAT and real.equal(imag) and (at, then) == (0, real.get_size()):
@@ -153,7 +171,9 @@ def _compound(kind: Any) -> list[Field]:
         try:
             for inner in fields(member):
                 suffix = f".{name.decode('utf-8', 'backslashreplace')}{inner.suffix}"
-                found_fields.append(Field(suffix, inner.number, inner.order, inner.shape, offset + inner.offset))
+                found_fields.append(
+                    Field(suffix, inner.number, inner.order, inner.shape, offset + inner.offset)
+                )
         except (NotNumbersError, UsageError) as why:
             reasons.append(str(why))
     if not found_fields:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
 import h5py
 import numpy as np
 from h5py import h5a, h5d, h5g, h5l, h5o, h5s, h5t
+from msgspec import Struct
+from msgspec.structs import replace
 
 from ckptflip.checkpoints.hdf5 import types
 from ckptflip.checkpoints.roles import guess
 from ckptflip.checkpoints.target import Skipped
 from ckptflip.faults.catalogue import Tensor
 
-# Hard links may form cycles, and nested ones multiply names without end: beyond this many visits, no more aliases.
+# Hard links may form cycles, and nested ones multiply names without end: beyond this many visits,
+# no more aliases.
 _MOST_ALIAS_VISITS = 100_000
 _MOST_DEPTH = 200
 _FILTERS = {1: "gzip", 2: "shuffle", 3: "fletcher32", 4: "szip", 5: "nbit", 6: "scale-offset", 32000: "lzf"}
@@ -23,8 +25,7 @@ FLETCHER32 = 3
 _SCALE_OFFSET = 6
 
 
-@dataclass(frozen=True, slots=True)
-class Dataset:
+class Dataset(Struct, frozen=True):
     """Where one dataset keeps its records.
 
     Attributes:
@@ -57,18 +58,17 @@ class Dataset:
 
     @property
     def coded(self) -> bool:
-        """Whether chunks are stored other than byte for byte (a Fletcher-32 checksum leaves the bytes alone)."""
+        """Whether chunks are stored other than byte for byte (Fletcher-32 leaves the bytes alone)."""
         return any(f != FLETCHER32 for f in self.filters)
 
 
-@dataclass(slots=True)
-class Found:
+class Found(Struct):
     """What a walk found: `tensors[i]` is `fields[i]` of `datasets[i]`."""
 
-    tensors: list[Tensor] = field(default_factory=list)
-    datasets: list[Dataset] = field(default_factory=list)
-    fields: list[types.Field] = field(default_factory=list)
-    skipped: list[Skipped] = field(default_factory=list)
+    tensors: list[Tensor] = []
+    datasets: list[Dataset] = []
+    fields: list[types.Field] = []
+    skipped: list[Skipped] = []
 
 
 def walk(file: Any, size: int, user_block: int) -> Found:
@@ -93,11 +93,14 @@ class _Walk:
         self._group_names: dict[int, bytes] = {}
         self._later: list[tuple[bytes, bytes]] = []
         self._visits = 0
+        self._number = 0
 
     def run(self) -> Found:
-        root = h5o.get_info(self._root).addr
-        self._group_names[root] = b""
+        root = h5o.get_info(self._root)
+        self._number = root.fileno
+        self._group_names[root.addr] = b""
         self._group(self._root, b"", 0)
+        self._tell_apart()
         for alias, target in self._later:
             self._alias(alias, target)
         for address, names in self._aliases.items():
@@ -107,6 +110,19 @@ class _Walk:
                 aliases = tuple(dict.fromkeys(n + suffix for n in names if n + suffix != tensor.name))
                 self._found.tensors[i] = replace(tensor, aliases=aliases)
         return self._found
+
+    def _tell_apart(self) -> None:
+        """Give every tensor a name of its own: field x of dataset c and a dataset c.x are both ``c.x``."""
+        tensors, fields = self._found.tensors, self._found.fields
+        taken: set[str] = set()
+        # Whole datasets first: the name of one is its path.
+        for i in sorted(range(len(tensors)), key=lambda i: fields[i].suffix != ""):
+            name, number = tensors[i].name, 2
+            while name in taken:
+                name, number = f"{tensors[i].name}~{number}", number + 1
+            taken.add(name)
+            if name != tensors[i].name:
+                tensors[i] = replace(tensors[i], name=name)
 
     def _group(self, group: Any, prefix: bytes, depth: int) -> None:
         if depth > _MOST_DEPTH:
@@ -142,14 +158,20 @@ class _Walk:
         self._visits += 1
         if self._visits > _MOST_ALIAS_VISITS:
             if self._visits == _MOST_ALIAS_VISITS + 1:
-                self._skip(alias, "more aliases than can be listed; the tensors are all there under their first names")
+                self._skip(
+                    alias,
+                    "more aliases than can be listed; the tensors are all there under their first names",
+                )
             return
         try:
             member = h5o.open(self._root, target or b"/")
-        except (KeyError, OSError):
+        except (KeyError, OSError, RuntimeError):  # nothing there; a file that is not there; a circle of links
             self._skip(alias, "a dangling link")
             return
         info = h5o.get_info(member)
+        if info.fileno != self._number:
+            self._skip(alias, "a link to another file; name that file instead")
+            return
         if isinstance(member, h5d.DatasetID):
             if info.addr in self._at:
                 self._aliases.setdefault(info.addr, []).append(_text(alias))
@@ -188,7 +210,9 @@ class _Walk:
             whole = shape + each.shape
             layer, role = guess(name + each.suffix, each.number, len(whole), siblings, given)
             offset = place.offset + each.offset if place.kind == "flat" else None
-            tensor = Tensor(name + each.suffix, whole, each.number, each.order, layer, role, (), layout, offset)
+            tensor = Tensor(
+                name + each.suffix, whole, each.number, each.order, layer, role, (), layout, offset
+            )
             self._found.tensors.append(tensor)
             self._found.datasets.append(place)
             self._found.fields.append(each)
@@ -200,7 +224,9 @@ class _Walk:
             if creation.get_external_count():
                 segments = tuple(
                     (name.decode("utf-8", "surrogateescape"), offset, length)
-                    for name, offset, length in map(creation.get_external, range(creation.get_external_count()))
+                    for name, offset, length in map(
+                        creation.get_external, range(creation.get_external_count())
+                    )
                 )
                 return Dataset(path, shape, record, "external", segments=segments), "external"
             offset = dataset.get_offset()
@@ -209,7 +235,8 @@ class _Walk:
                 return Dataset(path, shape, record, "library"), "unallocated"
             if offset + prod(shape) * record > self._size:
                 raise types.NotNumbersError(
-                    f"damaged: its data would end at byte {offset + prod(shape) * record} of a file of {self._size} bytes"
+                    f"damaged: its data would end at byte {offset + prod(shape) * record} "
+                    f"of a file of {self._size} bytes"
                 )
             return Dataset(path, shape, record, "flat", offset), "contiguous"
         if layout == h5d.CHUNKED:
@@ -221,7 +248,9 @@ class _Walk:
             raise types.NotNumbersError("a view of other datasets in this file, which are listed themselves")
         return Dataset(path, shape, record, "library", virtual=True), "virtual"
 
-    def _chunked(self, creation: Any, path: bytes, shape: tuple[int, ...], record: int) -> tuple[Dataset, str]:
+    def _chunked(
+        self, creation: Any, path: bytes, shape: tuple[int, ...], record: int
+    ) -> tuple[Dataset, str]:
         pipeline = [creation.get_filter(i) for i in range(creation.get_nfilters())]
         filters = tuple(f[0] for f in pipeline)
         names = [_FILTERS.get(f[0], f"filter {f[0]}") for f in pipeline]
@@ -230,7 +259,9 @@ class _Walk:
         for number, _, options, _ in pipeline:
             # Options: the scale type (2 for integers), then the bits kept (0: as many as it takes, lossless).
             if number == _SCALE_OFFSET and options[:2] != (2, 0):
-                raise types.NotNumbersError("kept by a lossy filter (scale-offset), which cannot store altered words exactly")
+                raise types.NotNumbersError(
+                    "kept by a lossy filter (scale-offset), which cannot store altered words exactly"
+                )
         layout = ", ".join(["chunked", *names])
         return Dataset(path, shape, record, "chunked", chunk=creation.get_chunk(), filters=filters), layout
 
@@ -255,4 +286,3 @@ def _text_attribute(owner: Any, name: bytes) -> str:
     attribute.read(value)
     text = value.reshape(-1)[0]
     return text.decode("utf-8", "replace") if isinstance(text, bytes) else str(text)
-
