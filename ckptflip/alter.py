@@ -21,6 +21,7 @@ from ckptflip.faults import policy as policies_module
 from ckptflip.faults.plan import Plan, draw
 from ckptflip.faults.policy import Policy, combine
 from ckptflip.faults.record import SCHEMA, Header, Record, counts_of, entries_of
+from ckptflip.faults.stream import check_seed
 
 Progress = Callable[[int], None]
 
@@ -248,8 +249,7 @@ def _policies(
             several = combine(policy)
     if seed is None:
         seed = int.from_bytes(os.urandom(6), "little")
-    if seed < 0:
-        raise UsageError(f"seed must be a whole number ≥ 0, not {seed}")
+    check_seed(seed)
     return several, seed
 
 

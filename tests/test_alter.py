@@ -97,7 +97,10 @@ def test_a_dry_run_writes_nothing_and_says_the_same(file, tmp_path):
     done = ckptflip.inject(file, count=5, seed=1)
     assert planned.plan.word.tolist() == done.plan.word.tolist()
     replayed = ckptflip.replay(done, file, dry_run=True, in_place=True)
-    assert replayed.plan.after.tolist() == done.plan.after.tolist() and not (tmp_path / "a.h5.flips.jsonl").exists()
+    assert (
+        replayed.plan.after.tolist() == done.plan.after.tolist()
+        and not (tmp_path / "a.h5.flips.jsonl").exists()
+    )
 
 
 def test_a_dry_run_may_look_at_a_file_that_others_read(file):
@@ -126,7 +129,8 @@ def test_a_small_tensor_is_hit_as_often_as_its_bits_ask(tmp_path):
     seeds = range(200)
     hits = {
         design: sum(
-            ckptflip.inject(tmp_path / "a.h5", dry_run=True, seed=s, design=design).header.tensors[0].name == "bias"
+            ckptflip.inject(tmp_path / "a.h5", dry_run=True, seed=s, design=design).header.tensors[0].name
+            == "bias"
             for s in seeds
         )
         for design in ("uniform", "tensor")
@@ -190,7 +194,10 @@ def test_replay_on_another_checkpoint_inverts_the_same_bits(file, tmp_path):
     ("make", "message"),
     [
         (lambda f: f.create_dataset("other", data=1.0), "has no tensor 'conv1/weight'"),
-        (lambda f: f.create_dataset("conv1/weight", data=np.ones((4, 8), "f4")), "float32 .8, 4. in the record"),
+        (
+            lambda f: f.create_dataset("conv1/weight", data=np.ones((4, 8), "f4")),
+            "float32 .8, 4. in the record",
+        ),
         (lambda f: f.create_dataset("conv1/weight", data=np.ones((8, 4), "f8")), "is float64"),
     ],
 )

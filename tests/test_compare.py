@@ -81,7 +81,13 @@ def test_examples_by_hand(tmp_path):
     write(tmp_path / "b.h5", x=two, n=np.array([1, 127], "i1"), u=np.uint64(0), c=np.array([1 + 1j, 2 + 2j]))
     rows = by_name(ckptflip.diff(tmp_path / "a.h5", tmp_path / "b.h5"))
     x = rows["x"]
-    assert (x.words, x.bits, x.max_abs, x.nev_a, x.nev_b) == (3, 1 + 1 + int(two[4:].view("u4")[0] ^ 0x7F800000).bit_count(), 4.0, 2, 2)
+    assert (x.words, x.bits, x.max_abs, x.nev_a, x.nev_b) == (
+        3,
+        1 + 1 + int(two[4:].view("u4")[0] ^ 0x7F800000).bit_count(),
+        4.0,
+        2,
+        2,
+    )
     assert x.relative_l2 == pytest.approx(4 / np.sqrt(5))
     assert rows["n"].relative_l2 == pytest.approx(255 / np.sqrt(1 + 128**2))
     assert x.max_ulp == 2 * 0x40000000
@@ -176,7 +182,13 @@ def test_scan_counts_what_stands_out(tmp_path, kind):
 
 
 def test_scan_of_complex_empty_and_integer_tensors(tmp_path):
-    path = write(tmp_path / "a.h5", c=np.array([1, 2 + 1j, complex(0, np.nan)]), e=np.zeros(0), i=np.arange(3), z=np.zeros(4))
+    path = write(
+        tmp_path / "a.h5",
+        c=np.array([1, 2 + 1j, complex(0, np.nan)]),
+        e=np.zeros(0),
+        i=np.arange(3),
+        z=np.zeros(4),
+    )
     rows = by_name(ckptflip.scan(path))
     assert set(rows) == {"c", "e", "z"}
     assert (rows["c"].nan, rows["c"].first, rows["c"].elements) == (1, 2, 3)

@@ -15,7 +15,14 @@ import pytest
 
 import ckptflip
 from ckptflip.checkpoints import files, patch
-from ckptflip.errors import CheckpointError, CkptflipError, InUseError, RecordError, SelectionError, UsageError
+from ckptflip.errors import (
+    CheckpointError,
+    CkptflipError,
+    InUseError,
+    RecordError,
+    SelectionError,
+    UsageError,
+)
 
 ROOT = Path(ckptflip.__file__).parent.parent
 
@@ -49,7 +56,9 @@ def run_python(code: str, *arguments: object, timeout=120, **options) -> subproc
     """Run code in a fresh interpreter that can import this package."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=timeout, **options)
+    return subprocess.run(
+        command, capture_output=True, text=True, env=environment, timeout=timeout, **options
+    )
 
 
 KILLS = """
@@ -237,7 +246,9 @@ def test_a_read_only_file_is_not_altered_in_place(untouched, monkeypatch):
             return real(path, flags, *rest, **options)
 
         monkeypatch.setattr(os, "open", refuse)
-    with pytest.raises(CheckpointError, match=r"cannot be altered: Permission denied.*write a new file with -o"):
+    with pytest.raises(
+        CheckpointError, match=r"cannot be altered: Permission denied.*write a new file with -o"
+    ):
         ckptflip.inject(untouched, in_place=True, seed=1)
 
 
@@ -356,7 +367,11 @@ def test_what_is_no_hdf5(tmp_path, kind):
     content, hint = NOT_CHECKPOINTS[kind]
     path = tmp_path / "ckpt.pt"
     path.write_bytes(content)
-    for verb in (ckptflip.scan, lambda p: ckptflip.inject(p, seed=1), lambda p: ckptflip.inject(p, in_place=True)):
+    for verb in (
+        ckptflip.scan,
+        lambda p: ckptflip.inject(p, seed=1),
+        lambda p: ckptflip.inject(p, in_place=True),
+    ):
         with pytest.raises(CheckpointError, match=hint):
             verb(path)
     assert path.read_bytes() == content and list(tmp_path.iterdir()) == [path]
@@ -370,7 +385,11 @@ def test_named_like_hdf5_and_is_none(tmp_path):
 
 def test_a_folder_a_pipe_and_nothing_at_all(tmp_path):
     os.mkfifo(tmp_path / "pipe.h5")
-    for path, hint in ((tmp_path, "folder"), (tmp_path / "pipe.h5", "not a plain file"), (tmp_path / "no.h5", "not exist")):
+    for path, hint in (
+        (tmp_path, "folder"),
+        (tmp_path / "pipe.h5", "not a plain file"),
+        (tmp_path / "no.h5", "not exist"),
+    ):
         for verb in (ckptflip.scan, lambda p: ckptflip.inject(p, out=tmp_path / "b.h5", seed=1)):
             with pytest.raises(CheckpointError, match=hint):
                 verb(path)
@@ -550,14 +569,18 @@ def test_a_missing_folder(untouched):
 
 
 def test_huge_seeds(file):
-    made = [ckptflip.inject(file, seed=s, dry_run=True, count=5).plan.word.tolist() for s in (2**70, 2**70 + 1, 0)]
+    made = [
+        ckptflip.inject(file, seed=s, dry_run=True, count=5).plan.word.tolist() for s in (2**70, 2**70 + 1, 0)
+    ]
     assert made[0] != made[1] != made[2]
     record = ckptflip.inject(file, seed=2**70, count=5)
     assert record.plan.word.tolist() == made[0]
     assert ckptflip.undo(file.with_name("a.flipped.h5"), record.path).restored == 5
 
 
-@pytest.mark.parametrize("what", ["another file", "another shape", "missing tensor", "no record", "cut record"])
+@pytest.mark.parametrize(
+    "what", ["another file", "another shape", "missing tensor", "no record", "cut record"]
+)
 def test_undo_with_the_wrong_record_alters_nothing(file, tmp_path, what):
     record = ckptflip.inject(file, out=tmp_path / "b.h5", tensors="layer1/*", count=30, seed=1)
     path = Path(record.path)

@@ -44,10 +44,13 @@ _STATISTICS = frozenset(
 _WEIGHTS = frozenset(["weight", "kernel", "W", "w", "weights", "in_proj_weight"])
 _WEIGHT_LIKE = re.compile(r"(weight|kernel)(_|$)|_(weight|kernel)$")
 _NORM_LIKE = re.compile(
-    r"(^|_)(bn|batch_?norm(alization)?|layer_?norm(alization)?|group_?norm|rms_?norm|norm|ln)(_?\d+|_f)?$", re.IGNORECASE
+    r"(^|_)(bn|batch_?norm(alization)?|layer_?norm(alization)?|group_?norm|rms_?norm|norm|ln)(_?\d+|_f)?$",
+    re.IGNORECASE,
 )
 # wte and wpe are GPT-2's token and position embeddings.
-_EMBEDDING_LIKE = re.compile(r"(^|_)(emb|embed|embedding|embeddings|emb_l)(_?\d+|_tokens|_positions)?$|^w[tp]e$")
+_EMBEDDING_LIKE = re.compile(
+    r"(^|_)(emb|embed|embedding|embeddings|emb_l)(_?\d+|_tokens|_positions)?$|^w[tp]e$"
+)
 
 
 def guess(

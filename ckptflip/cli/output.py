@@ -60,7 +60,7 @@ def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
     text = ",".join(str(v) for v in value) if isinstance(value, tuple | list) else str(value)
-    text = _printable(text)
+    text = _printable(text).replace("\n", "\\n")
     return text if len(text) <= _WIDEST else f"{text[: _WIDEST - 1]}…"
 
 

@@ -15,6 +15,7 @@ from ckptflip.faults import elements, models, sampling
 from ckptflip.faults.catalogue import Tensor, select
 from ckptflip.faults.plan import Plan, ReadWords, empty
 from ckptflip.faults.policy import Policy
+from ckptflip.faults.stream import Stream
 
 # A guard that rejects all but one draw in a hundred still ends well within this many rounds.
 MOST_ROUNDS = 1000
@@ -100,7 +101,7 @@ class Population:
             GuardError: the guards, or overlaps of wide faults, cannot be met.
         """
         policy = self.policy
-        stream = sampling.Stream(seed, self._position)
+        stream = Stream(seed, self._position)
         if policy.ber is not None:
             units = sampling.bernoulli(stream, self.units, policy.ber)
         else:
@@ -124,9 +125,7 @@ class Population:
             )
         return count
 
-    def _distinct(
-        self, stream: sampling.Stream, n: int, taken: NDArray[np.int64] | None = None
-    ) -> NDArray[np.int64]:
+    def _distinct(self, stream: Stream, n: int, taken: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
         """`n` more units by the policy's design, none of them in `taken`; ascending."""
         if len(self._ends) == 1 or self.policy.design == "uniform":
             return sampling.distinct(stream, self.units, n, taken)
@@ -144,7 +143,7 @@ class Population:
         return np.concatenate(drawn) if drawn else np.empty(0, np.int64)
 
     def _guarded(
-        self, stream: sampling.Stream, units: NDArray[np.int64], guards: dict[str, float], separate: bool
+        self, stream: Stream, units: NDArray[np.int64], guards: dict[str, float], separate: bool
     ) -> Plan:
         wanted = drawn = units.size
         refused = 0
@@ -282,7 +281,7 @@ def _groups(chosen: list[int], tensors: Sequence[Tensor], design: str) -> list[l
     return list(layers.values())
 
 
-def _even_draw(stream: sampling.Stream, room: NDArray[np.int64], n: int) -> NDArray[np.int64]:
+def _even_draw(stream: Stream, room: NDArray[np.int64], n: int) -> NDArray[np.int64]:
     """How many of `n` faults fall on each group: each on any group with room, with the same chance."""
     counts = np.zeros(room.size, np.int64)
     while (missing := n - int(counts.sum())) > 0:

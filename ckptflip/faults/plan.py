@@ -10,9 +10,9 @@ from msgspec import Struct
 from numpy.typing import NDArray
 
 from ckptflip.bits import popcount
-from ckptflip.errors import UsageError
 from ckptflip.faults.catalogue import Tensor
 from ckptflip.faults.policy import Policy, combine
+from ckptflip.faults.stream import check_seed
 
 # Reads words of one tensor: (position of the tensor in the catalogue, ascending word positions) → words.
 ReadWords = Callable[[int, NDArray[np.int64]], NDArray[np.unsignedinteger]]
@@ -91,12 +91,11 @@ def draw(policies: Policy | Sequence[Policy], tensors: Sequence[Tensor], read: R
     Raises:
         SelectionError: nothing may be hit, or more is wanted than there is.
         GuardError: `forbid` leaves nothing to draw.
-        UsageError: a negative seed.
+        UsageError: a seed that is not a whole number from 0 to 2^64-1.
     """
     from ckptflip.faults.draw import Population
 
-    if seed < 0:
-        raise UsageError(f"seed must be a whole number ≥ 0, not {seed}")
+    check_seed(seed)
     base = np.cumsum([0, *(t.words for t in tensors)], dtype=np.int64)
     plan = empty()
     for position, policy in enumerate(combine(policies)):

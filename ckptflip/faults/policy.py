@@ -14,6 +14,7 @@ from ckptflip.bits.values import EXTREME
 from ckptflip.errors import UsageError
 from ckptflip.faults import elements, models
 from ckptflip.faults.catalogue import expand_roles
+from ckptflip.faults.stream import check_seed
 
 DESIGNS = ("uniform", "tensor", "layer")
 MOST_POLICIES = 16
@@ -150,8 +151,10 @@ def load(path: str | Path) -> tuple[tuple[Policy, ...], int | None]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as why:
         raise UsageError(f"policy {path} is not TOML: {why}") from None
     seed = data.pop("seed", None)
-    if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or seed < 0):
-        raise UsageError(f"policy {path}: seed must be a whole number ≥ 0, not {seed!r}")
+    try:
+        check_seed(0 if seed is None else seed)
+    except UsageError as why:
+        raise UsageError(f"policy {path}: {why}") from None
     tables = data.pop("policy", None)
     if tables is not None and data:
         raise UsageError(

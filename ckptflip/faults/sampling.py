@@ -1,57 +1,16 @@
-"""Drawing positions: distinct ones, or each with a small probability. Same key, same draw, everywhere.
-
-Randomness is the output of SHAKE128 (FIPS 202) over the key. A standard fixes it for ever, on every machine
-and in every language; numpy does not promise that of the streams of its `Generator`.
-"""
+"""Drawing positions: distinct ones, or each with a small probability. Same key, same draw, everywhere."""
 
 from __future__ import annotations
 
-import hashlib
 import math
 
 import numpy as np
 from numpy.typing import NDArray
 
-Positions = NDArray[np.int64]
+from ckptflip.faults.stream import Positions, Stream
+
 _CHUNK = 1 << 20
 _LN2 = 0.6931471805599453
-
-
-class Stream:
-    """A reproducible stream of random numbers, keyed on what is drawn.
-
-    Args:
-        key: whole numbers ≥ 0, such as (seed, position of the policy).
-
-    Example:
-        >>> Stream(7, 0).below(10, 5).tolist() == Stream(7, 0).below(10, 5).tolist()
-        True
-    """
-
-    def __init__(self, *key: int) -> None:
-        self._key = "ckptflip " + " ".join(str(k) for k in key)
-        self._block = 0
-
-    def raw(self, n: int) -> NDArray[np.uint64]:
-        """`n` uniform 64-bit words: little-endian, from SHAKE128 over ``ckptflip KEY… : BLOCK`` in ASCII."""
-        found = []
-        for start in range(0, n, _CHUNK):
-            hashed = hashlib.shake_128(f"{self._key} : {self._block}".encode())
-            found.append(hashed.digest(8 * min(_CHUNK, n - start)))
-            self._block += 1
-        return np.frombuffer(b"".join(found), "<u8").astype(np.uint64, copy=False)
-
-    def below(self, end: int, n: int) -> Positions:
-        """`n` uniform whole numbers in 0 … end-1, by rejection, so without modulo bias (0 < end < 2^63)."""
-        shift = np.uint64(64 - max((end - 1).bit_length(), 1))
-        kept: list[NDArray[np.uint64]] = []
-        found = 0
-        while found < n:
-            drawn = self.raw(max(16, 2 * (n - found))) >> shift
-            drawn = drawn[drawn < np.uint64(end)]
-            kept.append(drawn)
-            found += drawn.size
-        return np.concatenate(kept)[:n].astype(np.int64) if kept else np.empty(0, np.int64)
 
 
 def distinct(stream: Stream, end: int, n: int, taken: Positions | None = None) -> Positions:

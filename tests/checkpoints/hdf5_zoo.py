@@ -241,7 +241,14 @@ def expected(path: Path, record) -> dict[str, bytes]:
             name, field = _dataset_of(file, entry.name)
             kind = file[name].dtype
             raw = made.setdefault(name, bytearray(raw_bytes(file[name].id)))
-            _xor(raw, kind, field, entry, record.plan.word[rows], (record.plan.before ^ record.plan.after)[rows])
+            _xor(
+                raw,
+                kind,
+                field,
+                entry,
+                record.plan.word[rows],
+                (record.plan.before ^ record.plan.after)[rows],
+            )
     return {name: bytes(raw) for name, raw in made.items()}
 
 

@@ -106,7 +106,14 @@ def test_hdf5_is_found_behind_a_user_block(tmp_path, at):
 class TestEpochs:
     @pytest.fixture
     def folder(self, tmp_path):
-        for name in ("epoch_001.h5", "epoch_002.h5", "epoch_010.h5", "notes.txt", "epoch_003.flipped.h5", "model.h5"):
+        for name in (
+            "epoch_001.h5",
+            "epoch_002.h5",
+            "epoch_010.h5",
+            "notes.txt",
+            "epoch_003.flipped.h5",
+            "model.h5",
+        ):
             (tmp_path / name).write_text("")
         (tmp_path / "epoch_002.h5.flips.jsonl").write_text("")
         return tmp_path
@@ -115,7 +122,9 @@ class TestEpochs:
         assert pick(folder, 2) == folder / "epoch_002.h5"
         assert pick(folder, 10) == folder / "epoch_010.h5"
 
-    @pytest.mark.parametrize("pattern", ["epoch_{epoch:03d}.h5", "epoch_{epoch:3d}.h5", "{epoch}.h5", "{epoch:d}/{epoch}"])
+    @pytest.mark.parametrize(
+        "pattern", ["epoch_{epoch:03d}.h5", "epoch_{epoch:3d}.h5", "{epoch}.h5", "{epoch:d}/{epoch}"]
+    )
     def test_from_a_pattern(self, tmp_path, pattern):
         path = tmp_path / pattern.format(epoch=7)
         path.parent.mkdir(exist_ok=True)

@@ -51,7 +51,9 @@ def test_the_checksum_is_the_one_hdf5_computes(tmp_path, size):
     assert fletcher32(data.tobytes()) == int.from_bytes(stored[-4:], "little")
 
 
-@pytest.mark.parametrize("data", [bytes(10), b"\xff" * 64, b"\xff\xff" * 70_000, bytes(70_000) + b"\1", b"\0\1" * 65535])
+@pytest.mark.parametrize(
+    "data", [bytes(10), b"\xff" * 64, b"\xff\xff" * 70_000, bytes(70_000) + b"\1", b"\0\1" * 65535]
+)
 def test_the_checksum_of_extreme_bytes(tmp_path, data):
     with h5py.File(tmp_path / "a.h5", "w") as file:
         words = np.frombuffer(data, "u1")
@@ -130,7 +132,9 @@ def test_undo_after_an_interruption_at_every_write(tmp_path, monkeypatch, libver
     monkeypatch.setattr(patch, "_GAP", 0)
     ways = set()
     for stop in range(200):
-        finished = _killed_after(monkeypatch, stop, lambda: ckptflip.inject(file, in_place=True, count=25, seed=4))
+        finished = _killed_after(
+            monkeypatch, stop, lambda: ckptflip.inject(file, in_place=True, count=25, seed=4)
+        )
         record = tmp_path / "a.h5.flips.jsonl"
         ways.add(finished)
         half = file.read_bytes()
@@ -197,7 +201,9 @@ def test_torn_checksums_are_known_only_where_a_sector_ends():
 def test_a_foreign_word_is_refused_and_nothing_is_altered(tmp_path):
     file = build(tmp_path / "a.h5")
     record = ckptflip.inject(file, in_place=True, tensors="x", count=9, seed=1)
-    again = ckptflip.inject(file, in_place=True, tensors="x", count=200, seed=2, record=tmp_path / "second.jsonl")
+    again = ckptflip.inject(
+        file, in_place=True, tensors="x", count=200, seed=2, record=tmp_path / "second.jsonl"
+    )
     before = file.read_bytes()
     with pytest.raises(RecordError, match="neither what the record says") as refused:
         ckptflip.undo(file, record.path)

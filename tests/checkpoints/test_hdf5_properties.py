@@ -25,7 +25,13 @@ NUMPY = [
 ]
 # (dtype as stored, what the attribute `dtype` says it is)
 NAMED = [
-    *(("V2", "bfloat16"), ("<u2", "bfloat16"), (">u2", "bfloat16"), ("V1", "float8_e4m3fn"), ("u1", "float8_e5m2")),
+    *(
+        ("V2", "bfloat16"),
+        ("<u2", "bfloat16"),
+        (">u2", "bfloat16"),
+        ("V1", "float8_e4m3fn"),
+        ("u1", "float8_e5m2"),
+    ),
     *(("V1", "float4_e2m1fn"), ("u1", "int4"), ("V1", "float8_e8m0fnu")),
 ]
 RAW = ("contiguous", "chunked", "fletcher32", "external")
@@ -136,8 +142,11 @@ def inject(case: Case, path: Path, **where):
         )
     except ckptflip.CkptflipError as why:
         # Too few bits for the count, no room for two bits in a row, or a filter that keeps only what it has room for.
-        assert "eligible" in str(why) or "room for" in str(why) or "without overlap" in str(why) or (
-            case.layout == "scale-offset" and "cannot store the altered words" in str(why)
+        assert (
+            "eligible" in str(why)
+            or "room for" in str(why)
+            or "without overlap" in str(why)
+            or (case.layout == "scale-offset" and "cannot store the altered words" in str(why))
         ), why
         assume(False)
 
@@ -150,7 +159,9 @@ def sha(path: Path) -> str:
 @example(Case("<f4", "", "gzip+fletcher32", (7, 5), (3, 2), 1, "latest", 512, "all", 40, "flip", 5))
 @example(Case("V2", "bfloat16", "chunked", (9,), (4,), 2, "earliest", 512, "all", 40, "flip", 6))
 @example(Case("<c16", "", "unallocated", (3,), (1,), 3, "latest", 512, "all", 40, "flip", 7))
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much]
+)
 def test_exactly_the_planned_bits_change_and_come_back(case):
     with tempfile.TemporaryDirectory() as folder:
         path, out = Path(folder) / "a.h5", Path(folder) / "b.h5"
@@ -182,7 +193,9 @@ def test_exactly_the_planned_bits_change_and_come_back(case):
 
 
 @given(cases(layouts=("contiguous", "chunked", "fletcher32")))
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much]
+)
 def test_raw_layouts_differ_at_the_recorded_places_alone(case):
     with tempfile.TemporaryDirectory() as folder:
         path, out = Path(folder) / "a.h5", Path(folder) / "b.h5"
@@ -359,7 +372,9 @@ def test_a_filter_that_cannot_keep_an_altered_word_is_found_out(tmp_path):
         for bit in (0, 31, 62, 63):
             out = tmp_path / f"{name}{bit}.h5"
             try:
-                record = ckptflip.inject(tmp_path / "a.h5", out=out, tensors=name, bits=str(bit), count=2, seed=1)
+                record = ckptflip.inject(
+                    tmp_path / "a.h5", out=out, tensors=name, bits=str(bit), count=2, seed=1
+                )
             except CheckpointError as why:
                 assert "cannot store the altered words exactly" in str(why)
                 assert not out.exists()

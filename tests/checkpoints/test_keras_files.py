@@ -65,7 +65,9 @@ def test_keras_loads_exactly_the_planned_words(model, saved: Path) -> None:  # t
     planned: dict[int, int] = {}
     for tensor, rows in record.plan.by_tensor():
         shape = record.header.tensors[tensor].shape
-        for word, mask in zip(record.plan.word[rows], (record.plan.before ^ record.plan.after)[rows], strict=True):
+        for word, mask in zip(
+            record.plan.word[rows], (record.plan.before ^ record.plan.after)[rows], strict=True
+        ):
             planned[(len(shape), int(word))] = int(mask)
     found = {
         (weight.ndim, int(word)): int((before[path] ^ after[path])[word])

@@ -139,7 +139,7 @@ class TestToml:
             ("policy = 3", "policy 1: Expected `object`, got `int`"),
             ("count = ", "is not TOML"),
             (b"\xff\xfe", "is not TOML"),
-            ("seed = -1", "seed must be a whole number ≥ 0, not -1"),
+            ("seed = -1", "seed must be a whole number from 0 to 2^64-1, not -1"),
             ("seed = 1.0", "seed must be a whole number"),
             ("seed = true", "seed must be a whole number"),
             ("seed = 'x'", "seed must be a whole number"),

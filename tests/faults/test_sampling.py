@@ -10,14 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from ckptflip.faults.sampling import Stream, _exponential, bernoulli, distinct, union
+from ckptflip.errors import UsageError
+from ckptflip.faults.sampling import _exponential, bernoulli, distinct, union
+from ckptflip.faults.stream import Stream, check_seed, philox
 
 LEAST_P = 1e-3  # seeds are fixed, so a test that passes once passes for ever
-GOLDEN_SHA256 = "b448cf9631af3f2d5092916f7b8b45ffcbef646f060d6b8d8113df8a0ee51a29"
-GOLDEN_RAW = [15979959845136140669, 8782338836271145011, 12959772708647017124]
-GOLDEN_BELOW = [356, 757, 721, 973, 13, 874, 959, 31]
-GOLDEN_DISTINCT = [7552887609, 90171700564, 514381327384, 981992076022]
-GOLDEN_BERNOULLI = [88468, 150590, 397456]
+GOLDEN_SHA256 = "628264aec238de109550ad346c6e9d07564307e8da562931bff35fbefbca4db0"
+GOLDEN_RAW = [16242730742183356629, 11169168799798111308, 6679402142117448868]
+GOLDEN_BELOW = [768, 87, 814, 980, 8, 869, 256, 142]
+GOLDEN_DISTINCT = [188825055102, 247714311247, 381517196484, 934407487715]
+GOLDEN_BERNOULLI = [380694, 432043, 482349, 678875, 942306]
 
 
 class TestStream:
@@ -28,17 +30,38 @@ class TestStream:
         assert distinct(Stream(7, 1), 10**12, 4).tolist() == GOLDEN_DISTINCT
         assert bernoulli(Stream(7, 2), 10**6, 5e-6).tolist() == GOLDEN_BERNOULLI
 
-    def test_raw_is_shake128_over_the_key(self):
-        digest = hashlib.shake_128(b"ckptflip 5 3 : 0").digest(32)
-        expected = [int.from_bytes(digest[i : i + 8], "little") for i in range(0, 32, 8)]
-        assert Stream(5, 3).raw(4).tolist() == expected
+    @pytest.mark.parametrize(
+        ("counter", "key", "expected"),
+        [
+            ((0,) * 4, (0,) * 2, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+            ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+            (
+                (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+                (0xA4093822, 0x299F31D0),
+                (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+            ),
+        ],
+    )
+    def test_philox_gives_the_authors_known_answers(self, counter, key, expected):
+        words = tuple(np.array([c], np.uint64) for c in counter)
+        assert tuple(int(w[0]) for w in philox(words, key)) == expected
+
+    def test_raw_is_philox_of_the_counter_under_the_seed(self):
+        counter = tuple(np.array([c], np.uint64) for c in (0, 0, 3, 0))
+        a, b, c, d = (int(w[0]) for w in philox(counter, (5, 1)))
+        assert Stream(5 + 2**32, 3).raw(2).tolist() == [a | b << 32, c | d << 32]
+
+    @pytest.mark.parametrize("seed", [-1, 2**64, 1.0, True, "1"])
+    def test_what_is_no_seed_is_refused(self, seed):
+        with pytest.raises(UsageError, match="seed must be"):
+            check_seed(seed)
 
     def test_a_stream_goes_on(self):
         stream = Stream(1)
         assert set(stream.raw(100).tolist()).isdisjoint(stream.raw(100).tolist())
 
     def test_keys_are_kept_apart(self):
-        keys = [(1, 23), (12, 3), (123,), (1, 2, 3), (0, 123)]
+        keys = [(1, 23), (12, 3), (123,), (0, 123), (2**32, 1), (1, 2**31), (2**64 - 1,)]
         assert len({tuple(Stream(*key).raw(2).tolist()) for key in keys}) == len(keys)
 
     @pytest.mark.parametrize("end", [1, 2, 3, 7, 1000])
@@ -70,7 +93,7 @@ class TestDistinct:
         """Both the direct path and that of the complement."""
         sets = list(itertools.combinations(sorted(set(range(end)) - set(taken)), n))
         at = {s: i for i, s in enumerate(sets)}
-        stream = Stream(11, end, n)
+        stream = Stream(11, 10 * end + n)
         barred = np.array(taken, np.int64)
         draws = (tuple(distinct(stream, end, n, barred).tolist()) for _ in range(200 * len(sets)))
         found = np.bincount([at[d] for d in draws], minlength=len(sets))

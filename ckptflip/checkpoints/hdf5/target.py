@@ -81,9 +81,7 @@ class HDF5Checkpoint:
         try:
             yield
         except (OSError, RuntimeError, ValueError) as why:
-            raise CheckpointError(
-                f"{self.path}: {self.tensors[tensor].name} cannot be read: {why}"
-            ) from None
+            raise CheckpointError(f"{self.path}: {self.tensors[tensor].name} cannot be read: {why}") from None
 
     def _read(self, tensor: int, words: NDArray[np.int64]) -> NDArray[Any]:
         place = self._datasets[tensor]

@@ -165,7 +165,11 @@ class _Walk:
             return
         try:
             member = h5o.open(self._root, target or b"/")
-        except (KeyError, OSError, RuntimeError):  # nothing there; a file that is not there; a circle of links
+        except (
+            KeyError,
+            OSError,
+            RuntimeError,
+        ):  # nothing there; a file that is not there; a circle of links
             self._skip(alias, "a dangling link")
             return
         info = h5o.get_info(member)
