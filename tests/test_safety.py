@@ -72,7 +72,7 @@ import ckptflip.alter, ckptflip.checkpoints.hdf5.target, ckptflip.faults.draw, m
 
 folder, mode, kills, seed = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 patch._GAP = 0  # every word is a write of its own
-options = {"chunks": (64, 16), "compression": "gzip"} if mode == "gzip" else {"chunks": (64, 16), "fletcher32": True}
+options = {"chunks": (64, 16), **({"compression": "gzip"} if mode == "gzip" else {"fletcher32": True})}
 source, out = folder / "a.h5", folder / "b.h5"
 with h5py.File(source, "w") as f:
     rng = np.random.default_rng(0)

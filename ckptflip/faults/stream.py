@@ -1,9 +1,10 @@
 """Random numbers from a key: the same on every machine, for ever, whatever was drawn before elsewhere.
 
-Philox4x32-10 (Salmon, Moraes, Dror and Shaw, Parallel random numbers: as easy as 1, 2, 3, SC 2011) encrypts a counter
-under a key, so a stream is named by its key alone. It is written out here, in whole-number arithmetic on arrays, because
-numpy does not promise the streams of its `Generator`, and importing `numpy.random` or `hashlib` is a tenth of the time
-that flipping one bit takes. The tests hold it to the authors' known answers.
+Philox4x32-10 (Salmon, Moraes, Dror and Shaw, Parallel random numbers: as easy as 1, 2, 3, SC 2011) encrypts
+a counter under a key, so a stream is named by its key alone. It is written out here, in whole-number
+arithmetic on arrays, because numpy does not promise the streams of its `Generator`, and importing
+`numpy.random` or `hashlib` is a tenth of the time that flipping one bit takes. The tests hold it to the
+authors' known answers.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from ckptflip.errors import UsageError
 
 Positions = NDArray[np.int64]
 Words = NDArray[np.uint64]
+Four = tuple[Words, Words, Words, Words]
 
 MOST_SEED = 2**64 - 1
 _MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
@@ -74,9 +76,7 @@ class Stream:
         return np.concatenate(kept)[:n].astype(np.int64) if kept else np.empty(0, np.int64)
 
 
-def philox(
-    counter: tuple[Words, Words, Words, Words], key: tuple[int, int]
-) -> tuple[Words, Words, Words, Words]:
+def philox(counter: Four, key: tuple[int, int]) -> Four:
     """Philox4x32-10 of many counters under one key.
 
     Args:

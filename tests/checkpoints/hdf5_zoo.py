@@ -1,7 +1,8 @@
 """HDF5 files of every kind, and a look at them that does not go through ckptflip.
 
-`build` writes one file with everything a checkpoint may hold. `snapshot` reads a file with h5py alone: the raw bytes of
-every dataset, every attribute and every link. `expected` says what the bytes must be after a record's faults.
+`build` writes one file with everything a checkpoint may hold. `snapshot` reads a file with h5py alone: the raw
+bytes of every dataset, every attribute and every link. `expected` says what the bytes must be after a record's
+faults.
 """
 
 from __future__ import annotations
@@ -233,7 +234,7 @@ def raw_bytes(dataset) -> bytes:
 
 
 def expected(path: Path, record) -> dict[str, bytes]:
-    """The raw bytes that each dataset a record hits must have afterwards, from the file before: by dataset name."""
+    """The raw bytes that each dataset a record hits must have afterwards, by name; from the file before."""
     made: dict[str, bytearray] = {}
     with h5py.File(path, "r", locking=False) as file:
         for position, entry in enumerate(record.header.tensors):

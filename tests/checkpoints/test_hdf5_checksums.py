@@ -122,7 +122,7 @@ class KilledError(BaseException):
 
 @pytest.mark.parametrize("libver", ["earliest", "latest"])
 def test_undo_after_an_interruption_at_every_write(tmp_path, monkeypatch, libver):
-    """Many small chunks, words and checksums written one by one; the process ends after each write in turn."""
+    """Many small chunks; words and checksums written one by one; the process ends after each in turn."""
     file = tmp_path / "a.h5"
     with h5py.File(file, "w", libver=libver) as opened:
         data = np.random.default_rng(0).normal(size=40).astype("f4")

@@ -141,7 +141,7 @@ def inject(case: Case, path: Path, **where):
             **where,
         )
     except ckptflip.CkptflipError as why:
-        # Too few bits for the count, no room for two bits in a row, or a filter that keeps only what it has room for.
+        # Too few bits for the count, no room for two in a row, or a filter that keeps only so many.
         assert (
             "eligible" in str(why)
             or "room for" in str(why)

@@ -205,8 +205,13 @@ def test_show_counts_bits_by_field(cli):
     ckptflip.inject("a.h5", out="b.h5", tensors="conv1/weight", fraction=1.0, seed=1)
     (row,) = json.loads(cli("show", "b.h5.flips.jsonl", "--format", "json")[1])
     assert {k: row[k] for k in ("words", "bits", "sign", "critical", "exponent", "mantissa", "value")} == {
-        "words": 32, "bits": 32 * 32, "sign": 32, "critical": 32,
-        "exponent": 32 * 7, "mantissa": 32 * 23, "value": 0,
+        "words": 32,
+        "bits": 32 * 32,
+        "sign": 32,
+        "critical": 32,
+        "exponent": 32 * 7,
+        "mantissa": 32 * 23,
+        "value": 0,
     }
     ckptflip.inject("a.h5", out="c.h5", tensors="optimizer/step", fraction=1.0, seed=1)
     (row,) = json.loads(cli("show", "c.h5.flips.jsonl", "--format", "json")[1])
