@@ -41,7 +41,7 @@ class FaultLine(msgspec.Struct, frozen=True, omit_defaults=True):
         value_before: the number it stood for; NaN and infinities as text.
         value_after: the number it stands for now.
         part: 1 for the imaginary part of a complex element (words are those of the part), else 0.
-        policies: positions of the combined policies that hit the word, when it is not the first alone.
+        policies: positions of the combined policies that hit the word; empty when it is the first alone.
     """
 
     tensor: str
@@ -53,7 +53,7 @@ class FaultLine(msgspec.Struct, frozen=True, omit_defaults=True):
     value_before: float | int | str
     value_after: float | int | str
     part: int = 0
-    policies: tuple[int, ...] = (0,)
+    policies: tuple[int, ...] = ()
 
 
 def write(record: Record, path: Path, *, overwrite: bool, durable: bool = False) -> None:
@@ -129,7 +129,10 @@ def _tensor_lines(entry: TensorEntry, plan: Plan) -> list[FaultLine]:
     form = f"%0{-(-number.part_width // 4)}x"
     before, after = ([form % w for w in words.tolist()] for words in (plan.before, plan.after))
     values = (_json_values(words, entry) for words in (plan.before, plan.after))
-    sets = {p: tuple(i for i in range(16) if p >> i & 1) for p in set(plan.policies.tolist())}
+    sets: dict[int, tuple[int, ...]] = {
+        p: () if p == 1 else tuple(i for i in range(MOST_POLICIES) if p >> i & 1)
+        for p in set(plan.policies.tolist())
+    }
     return list(
         map(
             FaultLine,
@@ -192,7 +195,7 @@ def _columns(fault: FaultLine, number: NumberFormat) -> tuple[int, int, int, int
         raise ValueError(f"{number.name} has no part {fault.part}")
     first = fault.part * number.part_width
     hit = _bit_set([b - first for b in fault.bits], number.part_width, "bits")
-    policies = _bit_set(fault.policies, MOST_POLICIES, "policies")
+    policies = _bit_set(fault.policies or (0,), MOST_POLICIES, "policies")
     word = fault.element * number.parts + fault.part
     return word, hit, int(fault.before, 16), int(fault.after, 16), policies
 

@@ -49,8 +49,9 @@ def test_examples_print_what_the_page_shows(page: str) -> None:
 
 def test_examples_are_compared_for_real() -> None:
     same = load("examples").same
-    assert same(["a  1.00", "...", "end …"], ["a 1.02", "x", "y", "end of it"])
+    assert same(["a  1.00", "...", "end … 3f800000"], ["a 1.02", "x", "y", "end of 3f800001"])
     assert not same(["a 1.00"], ["a 1.20"])
+    assert not same(["3f800000"], ["40000000"])
     assert not same(["3 bits"], ["4 bits"])
     assert not same(["a"], ["a", "b"])
     assert not same([], ["b"])

@@ -482,6 +482,7 @@ CONTRADICTIONS = {
     "ber 2": {"ber": 2.0},
     "fraction nan": {"fraction": float("nan")},
     "negative seed": {"seed": -1},
+    "seed beyond 64 bits": {"seed": 2**64},
     "unknown bits": {"bits": "exponnt"},
     "unknown role": {"roles": "wieght"},
     "unknown fault": {"fault": "flop"},
@@ -570,10 +571,10 @@ def test_a_missing_folder(untouched):
 
 def test_huge_seeds(file):
     made = [
-        ckptflip.inject(file, seed=s, dry_run=True, count=5).plan.word.tolist() for s in (2**70, 2**70 + 1, 0)
+        ckptflip.inject(file, seed=s, dry_run=True, count=5).plan.word.tolist() for s in (2**64 - 1, 2**63, 0)
     ]
     assert made[0] != made[1] != made[2]
-    record = ckptflip.inject(file, seed=2**70, count=5)
+    record = ckptflip.inject(file, seed=2**64 - 1, count=5)
     assert record.plan.word.tolist() == made[0]
     assert ckptflip.undo(file.with_name("a.flipped.h5"), record.path).restored == 5
 

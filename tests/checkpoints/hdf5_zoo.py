@@ -1,8 +1,8 @@
 """HDF5 files of every kind, and a look at them that does not go through ckptflip.
 
-`build` writes one file with everything a checkpoint may hold. `snapshot` reads a file with h5py alone: the raw
-bytes of every dataset, every attribute and every link. `expected` says what the bytes must be after a record's
-faults.
+`build` writes one file with everything a checkpoint may hold. `snapshot` reads a file with h5py alone: the
+raw bytes of every dataset, every attribute and every link. `expected` says what the bytes must be after a
+record's faults.
 """
 
 from __future__ import annotations
@@ -95,6 +95,7 @@ def compact(parent, name: str, words: np.ndarray, dtype) -> None:
     """A dataset in compact layout, which h5py has no option for."""
     creation = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     creation.set_layout(h5py.h5d.COMPACT)
+    creation.set_obj_track_times(False)
     space = h5py.h5s.create_simple(words.shape)
     kind = h5py.h5t.py_create(np.dtype(dtype), logical=True)
     made = h5py.h5d.create(parent.id, name.encode(), kind, space, creation)

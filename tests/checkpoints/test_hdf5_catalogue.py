@@ -255,7 +255,7 @@ def test_external_in_place_alters_the_external_files_and_a_copy_holds_the_data(t
 
 
 def test_data_said_to_lie_beyond_the_end_is_never_altered(tmp_path):
-    """An offset in the file's index points past its end. Newer HDF5 refuses the file, older ones do not look."""
+    """An offset in the file's index points past its end. Newer HDF5 refuses the file, older do not look."""
     path = write(tmp_path / "a.h5", x=np.arange(64, dtype="f8"), y=np.ones(2))
     with h5py.File(path) as file:
         offset = file["x"].id.get_offset()

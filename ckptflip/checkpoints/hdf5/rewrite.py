@@ -129,7 +129,10 @@ def _hold(file: h5py.File, place: Dataset, records: NDArray[np.uint8], aliases: 
     old = h5d.open(file.id, place.key)
     kind = old.get_type()
     space = h5s.create_simple(place.shape) if place.shape else h5s.create(h5s.SCALAR)
-    new = h5d.create(file.id, None, kind, space, h5p.create(h5p.DATASET_CREATE))
+    creation = h5p.create(h5p.DATASET_CREATE)
+    # No time of day in the file: a replay gives the identical one.
+    creation.set_obj_track_times(False)
+    new = h5d.create(file.id, None, kind, space, creation)
     new.write(
         h5s.ALL, h5s.ALL, np.ascontiguousarray(records).view(f"V{place.record}").reshape(place.shape), kind
     )
