@@ -60,7 +60,7 @@ class ChunkCodec:
         if self._has_checksum(filter_mask):
             stored = with_checksum(stored[:-4])
         try:
-            self._scratch.write_direct_chunk(self._origin, stored, filter_mask)
+            write_chunk(self._scratch, self._origin, stored, filter_mask)
             if filter_mask:
                 # HDF5 2.0 forgets which filters were skipped until the dataset is opened anew.
                 self._scratch.close()
@@ -113,6 +113,17 @@ class ChunkCodec:
 
     def _records(self) -> NDArray[Any]:
         return np.empty(self._shape, f"V{self._kind.get_size()}")
+
+
+def write_chunk(dataset: Any, coordinates: tuple[int, ...], stored: bytes, filter_mask: int) -> None:
+    """Write a stored chunk with the filters that were skipped for it.
+
+    HDF5 (up to 2.0 at least) keeps the old mask where a chunk's size stays the same: then by way of another.
+    """
+    dataset.write_direct_chunk(coordinates, stored, filter_mask)
+    if dataset.get_chunk_info_by_coord(coordinates).filter_mask != filter_mask:
+        dataset.write_direct_chunk(coordinates, stored + b"\0", filter_mask)
+        dataset.write_direct_chunk(coordinates, stored, filter_mask)
 
 
 def with_checksum(payload: bytes) -> bytes:

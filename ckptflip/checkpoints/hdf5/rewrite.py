@@ -12,7 +12,7 @@ import numpy as np
 from h5py import h5d, h5l, h5o, h5p, h5s
 from numpy.typing import NDArray
 
-from ckptflip.checkpoints.hdf5.chunks import ChunkCodec
+from ckptflip.checkpoints.hdf5.chunks import ChunkCodec, write_chunk
 from ckptflip.checkpoints.hdf5.places import Chunks, split, word_bytes
 from ckptflip.checkpoints.hdf5.types import Field
 from ckptflip.checkpoints.hdf5.walker import Dataset
@@ -102,7 +102,7 @@ def _alter_chunks(
         stored, mask = codec.encode(chunk)
         if old:
             stored = codec.settle_checksum(old, stored, part.filter_mask, mask, checksum)
-        dataset.write_direct_chunk(part.coordinates, stored, mask)
+        write_chunk(dataset, part.coordinates, stored, mask)
 
 
 def _alter_records(
