@@ -1,6 +1,6 @@
 """ckptflip: flip chosen bits in saved checkpoints, resume training, and measure what the flips did.
 
-The verbs are functions here; each is imported when it is first used, so that importing the package costs nothing.
+The verbs are functions here; each is imported when it is first used, so importing the package costs nothing.
 """
 
 from __future__ import annotations

@@ -41,7 +41,8 @@ class MissingExtraError(CkptflipError):
     """A library is missing that an extra of this package brings."""
 
     def __init__(self, library: str, extra: str, purpose: str) -> None:
-        super().__init__(f"{purpose} needs {library}, which is not installed: pip install 'ckptflip[{extra}]'")
+        remedy = f"pip install 'ckptflip[{extra}]'"
+        super().__init__(f"{purpose} needs {library}, which is not installed: {remedy}")
 
 
 class WorkloadError(CkptflipError):

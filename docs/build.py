@@ -84,7 +84,9 @@ def build(output: Path) -> list[str]:
         body = markdown.markdown(text, extensions=["tables", "fenced_code", "toc"])
         title = text.lstrip("# ").splitlines()[0]
         nav = " ".join(
-            f'<a href="{up}{page}">{html.escape(page.removesuffix(".html"))}</a>' for page in site if "/" not in page
+            f'<a href="{up}{page}">{html.escape(page.removesuffix(".html"))}</a>'
+            for page in site
+            if "/" not in page
         )
         target.write_text(PAGE.format(title=html.escape(title), nav=nav, body=body), "utf-8")
     shutil.copytree(HERE / "images", output / "images", dirs_exist_ok=True)

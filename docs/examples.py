@@ -3,10 +3,10 @@
     python docs/examples.py README.md            say what differs; exit code 1 if anything does
     python docs/examples.py --update README.md   write the real output into the page
 
-An example is a block fenced as ```console: lines after `$ ` are run by bash, one after the other in one empty folder
-per page, the lines between are what they print (standard error included). In a page, a line `...` stands for any
-lines and `…` for any word. Numbers with a decimal point, and the words of float32 numbers, may differ by 5 %: trained
-weights differ in their last bits between processors.
+An example is a block fenced as ```console: lines after `$ ` are run by bash, one after the other in one empty
+folder per page; the lines between are what they print (standard error included). In a page, a line `...` stands
+for any lines and `…` for any word. Numbers with a decimal point, and the words of float32 numbers, may differ by
+5 %: trained weights differ in their last bits between processors.
 """
 
 from __future__ import annotations
@@ -64,9 +64,18 @@ def run(command: str, folder: Path) -> list[str]:
         for name, target in (("ckptflip", "-m ckptflip"), ("python", "")):
             (tools / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" {target} "$@"\n')
             (tools / name).chmod(0o755)
-    environment = os.environ | {"PATH": f"{tools}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "COLUMNS": "100"}
+    environment = os.environ | {
+        "PATH": f"{tools}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "COLUMNS": "100",
+    }
     done = subprocess.run(
-        ["bash", "-c", command], cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        ["bash", "-c", command],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     return done.stdout.splitlines()
 
@@ -126,7 +135,10 @@ def update(page: Path) -> None:
             lines = []
             for example in _block_examples(block.group(1)):
                 printed = run(example.command, folder)
-                lines += [f"$ {example.command}", *(example.shown if same(example.shown, printed) else printed)]
+                lines += [
+                    f"$ {example.command}",
+                    *(example.shown if same(example.shown, printed) else printed),
+                ]
             return "\n".join(["```console", *lines, "```"])
 
         page.write_text(_BLOCK.sub(renewed, text), "utf-8")

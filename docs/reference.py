@@ -1,7 +1,7 @@
 """Writes docs/cli.md from the commands themselves.
 
-    python docs/reference.py           write it
-    python docs/reference.py --check   exit code 1 when the page is not what the commands say
+python docs/reference.py           write it
+python docs/reference.py --check   exit code 1 when the page is not what the commands say
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ def text() -> str:
     for name in COMMANDS:
         command = cli.get_command(context, name)
         assert command is not None
-        inner = click.Context(command, info_name=name, parent=context, terminal_width=100, max_content_width=100)
+        inner = click.Context(
+            command, info_name=name, parent=context, terminal_width=100, max_content_width=100
+        )
         parts += [f"## ckptflip {name}", _fenced(command.get_help(inner))]
     return "\n\n".join(parts) + "\n"
 

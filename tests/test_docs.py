@@ -1,4 +1,4 @@
-"""The documentation says what the program does: the reference is current, every example prints what is shown."""
+"""The documentation says what the program does: a current reference, examples that print what is shown."""
 
 from __future__ import annotations
 
@@ -13,7 +13,13 @@ import pytest
 from ckptflip.cli.main import COMMANDS, cli
 
 ROOT = Path(__file__).parent.parent
-PAGES_WITH_EXAMPLES = ("README.md", "docs/policies.md", "docs/records.md", "docs/training.md", "docs/formats/hdf5.md")
+PAGES_WITH_EXAMPLES = (
+    "README.md",
+    "docs/policies.md",
+    "docs/records.md",
+    "docs/training.md",
+    "docs/formats/hdf5.md",
+)
 
 
 def load(name: str, folder: str = "docs") -> ModuleType:
@@ -59,7 +65,9 @@ def test_examples_are_compared_for_real() -> None:
 
 def test_every_example_page_has_examples() -> None:
     examples = load("examples")
-    counts = {page: len(list(examples.examples((ROOT / page).read_text("utf-8")))) for page in PAGES_WITH_EXAMPLES}
+    counts = {
+        page: len(list(examples.examples((ROOT / page).read_text("utf-8")))) for page in PAGES_WITH_EXAMPLES
+    }
     assert min(counts.values()) >= 1
     assert counts["README.md"] >= 5
 
@@ -71,6 +79,11 @@ def test_links_between_pages_lead_somewhere(tmp_path: Path) -> None:
 
 def test_the_speeds_in_the_readme_are_the_benchmark_s() -> None:
     benchmark = load("inject", "benchmarks")
-    shown = (ROOT / "README.md").read_text("utf-8").partition(benchmark.MARKERS[0])[2].partition(benchmark.MARKERS[1])[0]
+    shown = (
+        (ROOT / "README.md")
+        .read_text("utf-8")
+        .partition(benchmark.MARKERS[0])[2]
+        .partition(benchmark.MARKERS[1])[0]
+    )
     assert shown.strip() == benchmark.readme_table(benchmark.RESULTS.read_text("utf-8"))
     assert shown.count("\n|") > 5

@@ -1,4 +1,4 @@
-"""Files that Keras itself wrote: roles and layers are recognised, and Keras loads exactly the planned words."""
+"""Files that Keras wrote: roles and layers are recognised, and Keras loads exactly the planned words."""
 
 from __future__ import annotations
 

@@ -465,7 +465,7 @@ class TestReproducibility:
         plans = [drawn(Policy(count=5), seed=s) for s in (0, 1, 2, 2**40)]
         assert same(plans[0], drawn(Policy(count=5), seed=0))
         assert not any(same(plans[i], plans[j]) for i in range(4) for j in range(i))
-        with pytest.raises(UsageError, match="seed must be a whole number from 0 to .*, not -1"):
+        with pytest.raises(UsageError, match=r"seed must be a whole number from 0 to .*, not -1"):
             drawn(Policy(), seed=-1)
 
     def test_global_random_state_is_neither_used_nor_touched(self):
