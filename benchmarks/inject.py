@@ -236,11 +236,11 @@ def report(done: list[Job], rounds: int) -> str:
         "# Injection into HDF5",
         "",
         f"Made by `python benchmarks/inject.py` on {machine()}.",
-        f"Whole processes, start included; medians of {rounds} interleaved rounds, files in the page cache. In",
-        f"place on a 1 GiB file of {DATASETS} float32 datasets unless said otherwise; ours writes a full record,",
-        "the script none.",
+        f"Whole processes, start included; medians of {rounds} interleaved rounds, files in the page cache.",
+        f"In place on a 1 GiB file of {DATASETS} float32 datasets unless said otherwise; ours writes a full",
+        "record, the script none.",
         "",
-        "| job | ours (s) | baseline (s) | ours / baseline | baseline is | to reach | peak MB ours / baseline |",
+        "| job | ours (s) | baseline (s) | ours / baseline | baseline is | to reach | MB ours / baseline |",
         "|---|---|---|---|---|---|---|",
     ]
     for job in done:

@@ -13,12 +13,13 @@ import click
 
 from ckptflip.cli.main import COMMANDS, cli
 
+WIDTH = 100
 PAGE = Path(__file__).parent / "cli.md"
 
 
 def text() -> str:
     """The page."""
-    context = click.Context(cli, info_name="ckptflip", terminal_width=100, max_content_width=100)
+    context = _context(cli, "ckptflip")
     parts = [
         "# The command line",
         "Written by `python docs/reference.py` from the commands' own help.",
@@ -27,11 +28,21 @@ def text() -> str:
     for name in COMMANDS:
         command = cli.get_command(context, name)
         assert command is not None
-        inner = click.Context(
-            command, info_name=name, parent=context, terminal_width=100, max_content_width=100
-        )
-        parts += [f"## ckptflip {name}", _fenced(command.get_help(inner))]
+        parts += [f"## ckptflip {name}", _fenced(command.get_help(_context(command, name, context)))]
     return "\n\n".join(parts) + "\n"
+
+
+def _context(command: click.Command, name: str, parent: click.Context | None = None) -> click.Context:
+    # click keeps the help option of the first context a command is seen in, so it must be the real one.
+    names = cli.context_settings["help_option_names"]
+    return click.Context(
+        command,
+        info_name=name,
+        parent=parent,
+        terminal_width=WIDTH,
+        max_content_width=WIDTH,
+        help_option_names=names,
+    )
 
 
 def _fenced(help_text: str) -> str:
