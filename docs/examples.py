@@ -4,7 +4,7 @@
     python docs/examples.py --update README.md   write the real output into the page
 
 An example is a block fenced as ```console: lines after `$ ` are run by bash, one after the other in one
-empty folder per page; the lines between are what they print (standard error included). In a page, a line `...`
+empty folder per page; the lines between are what they print (standard error included). A line `...`
 stands for any lines and `…` for any word. Numbers with a decimal point, and the words of float32 numbers, may
 differ by 5 %: trained weights differ in their last bits between processors.
 """
