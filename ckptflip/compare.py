@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from ckptflip.bits import NumberFormat, classify, popcount, to_values
 from ckptflip.bits.values import EXTREME, Classes
 from ckptflip.checkpoints import Checkpoint, opened
+from ckptflip.checkpoints.files import Progress
 from ckptflip.checkpoints.target import positions_by_name
 from ckptflip.errors import UsageError
-from ckptflip.faults.catalogue import Tensor, select
+from ckptflip.faults.catalogue import Tensor, listed, select
 
 # A value counts as an outlier when it is this much larger than the tensor's median magnitude (powers of two).
 OUTLIER_BINADES = 10
@@ -83,7 +84,12 @@ class TensorScan(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def diff(
-    a: str | Path, b: str | Path, *, tensors: tuple[str, ...] = (), threshold: float = EXTREME
+    a: str | Path,
+    b: str | Path,
+    *,
+    tensors: str | Iterable[str] = (),
+    threshold: float = EXTREME,
+    progress: Progress | None = None,
 ) -> list[TensorDiff]:
     """Compare two checkpoints tensor by tensor, word by word.
 
@@ -92,6 +98,7 @@ def diff(
         b: the other; tensors are matched by name, aliases included.
         tensors: globs that limit the comparison to some tensors of `a` and `b`.
         threshold: what counts as an extreme value.
+        progress: told the bytes of `a` compared, step by step.
 
     Returns:
         One row per tensor of either, in the order of `a`.
@@ -102,11 +109,12 @@ def diff(
         UsageError: a threshold that is not above 0.
     """
     _check_threshold(threshold)
+    globs = listed(tensors)
     with ExitStack() as stack:
         first = stack.enter_context(opened(a))
         second = stack.enter_context(opened(b))
         names = positions_by_name(second.tensors)
-        wanted_a, wanted_b = _limited(first, tensors, second), _limited(second, tensors, first)
+        wanted_a, wanted_b = _limited(first, globs, second), _limited(second, globs, first)
         rows: list[TensorDiff] = []
         seen: set[int] = set()
         for i, tensor in enumerate(first.tensors):
@@ -118,14 +126,18 @@ def diff(
             rows.append(
                 TensorDiff(tensor=tensor.name, status="only in A")
                 if at is None
-                else _compare(first, i, second, at, threshold)
+                else _compare(first, i, second, at, threshold, progress)
             )
         rest = [t for i, t in enumerate(second.tensors) if i not in seen and i in wanted_b]
         return rows + [TensorDiff(tensor=t.name, status="only in B") for t in rest]
 
 
 def scan(
-    checkpoint: str | Path, *, tensors: tuple[str, ...] = (), threshold: float = EXTREME
+    checkpoint: str | Path,
+    *,
+    tensors: str | Iterable[str] = (),
+    threshold: float = EXTREME,
+    progress: Progress | None = None,
 ) -> list[TensorScan]:
     """Look for NaN, infinite, extreme and outlying values in every floating-point tensor of a checkpoint.
 
@@ -133,6 +145,7 @@ def scan(
         checkpoint: the file.
         tensors: globs that limit the scan.
         threshold: what counts as an extreme value.
+        progress: told the bytes looked at, step by step.
 
     Raises:
         CheckpointError: the file cannot be read.
@@ -141,8 +154,11 @@ def scan(
     """
     _check_threshold(threshold)
     with opened(checkpoint) as target:
-        wanted = select(target.tensors, names=tensors) if tensors else range(len(target.tensors))
-        return [_scan_tensor(target, i, threshold) for i in wanted if target.tensors[i].number.is_float]
+        globs = listed(tensors)
+        wanted = select(target.tensors, names=globs) if globs else range(len(target.tensors))
+        return [
+            _scan_tensor(target, i, threshold, progress) for i in wanted if target.tensors[i].number.is_float
+        ]
 
 
 def _check_threshold(threshold: float) -> None:
@@ -160,7 +176,9 @@ def _limited(target: Checkpoint, globs: tuple[str, ...], other: Checkpoint) -> s
     return {i for i in select(both, names=globs) if i < len(target.tensors)}
 
 
-def _compare(first: Checkpoint, i: int, second: Checkpoint, j: int, threshold: float) -> TensorDiff:
+def _compare(
+    first: Checkpoint, i: int, second: Checkpoint, j: int, threshold: float, progress: Progress | None
+) -> TensorDiff:
     one, other = first.tensors[i], second.tensors[j]
     if (one.shape, one.number) != (other.shape, other.number):
         note = f"{one.dtype} {one.shape} and {other.dtype} {other.shape}"
@@ -168,6 +186,8 @@ def _compare(first: Checkpoint, i: int, second: Checkpoint, j: int, threshold: f
     sums = _Sums(one.number, threshold)
     for a, b in _aligned(first.blocks(i), second.blocks(j)):
         sums.add(a, b)
+        if progress:
+            progress(a.nbytes)
     return sums.row(one)
 
 
@@ -262,7 +282,9 @@ def _ulps(a: NDArray[Any], b: NDArray[Any], number: NumberFormat) -> NDArray[np.
     return np.where(same_sign, np.maximum(mx, my) - np.minimum(mx, my), mx + my)
 
 
-def _scan_tensor(target: Checkpoint, position: int, threshold: float) -> TensorScan:
+def _scan_tensor(
+    target: Checkpoint, position: int, threshold: float, progress: Progress | None
+) -> TensorScan:
     tensor = target.tensors[position]
     number = tensor.number
     counts = np.zeros(3, np.int64)
@@ -270,6 +292,8 @@ def _scan_tensor(target: Checkpoint, position: int, threshold: float) -> TensorS
     exponents = np.zeros(2400, np.int64)
     low, high, first, start = float("inf"), float("-inf"), -1, 0
     for words in target.blocks(position):
+        if progress:
+            progress(words.nbytes)
         classes = classify(words, number, threshold)
         counts += [np.count_nonzero(c) for c in classes]
         strange = classes.nan | classes.inf | classes.extreme

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from ckptflip.cli.options import format_option, tensors_option
+from ckptflip.cli.options import format_option, progress_bar, tensors_option
 
 COLUMNS = ("tensor", "status", "words", "bits", "max_abs", "relative_l2", "max_ulp", "nev_a", "nev_b", "note")
 
@@ -33,7 +33,8 @@ def command(
     from ckptflip.cli.output import emit, say
     from ckptflip.compare import diff, has_difference
 
-    rows = diff(a, b, tensors=tensors, threshold=threshold)
+    with progress_bar(a, "comparing") as progress:
+        rows = diff(a, b, tensors=tensors, threshold=threshold, progress=progress)
     shown = [r for r in rows if every or r.status != "same"]
     emit([structs.asdict(r) for r in shown], COLUMNS, form)
     words, bits = sum(r.words for r in rows), sum(r.bits for r in rows)

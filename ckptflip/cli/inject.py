@@ -43,7 +43,7 @@ def command(ckpt: str, output: str | None, epoch: int | None, form: str, **given
     from ckptflip.cli.show import said, summarise
 
     path = options.picked(ckpt, epoch)
-    with options.copy_progress(path, "copying") as progress:
+    with options.progress_bar(path, "copying") as progress:
         record = inject(path, out=output, progress=progress, **given)
     summarise(record, form)
     said(record, dry_run=given["dry_run"])

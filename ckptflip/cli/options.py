@@ -15,7 +15,7 @@ from ckptflip.errors import UsageError
 F = TypeVar("F", bound=Callable[..., Any])
 
 FORMATS = ("table", "json", "ndjson", "csv")
-# Below this size a copy is over before a progress bar is read.
+# Below this size the work is over before a progress bar is read.
 _WORTH_A_BAR = 1 << 28
 
 
@@ -129,8 +129,8 @@ checksum_help = "What happens to stored checksums that cover altered data."
 
 
 @contextmanager
-def copy_progress(path: str | Path, label: str) -> Iterator[Callable[[int], None] | None]:
-    """A progress bar for copying a large file, when somebody is watching."""
+def progress_bar(path: str | Path, label: str) -> Iterator[Callable[[int], None] | None]:
+    """A progress bar over the bytes of a large file, when somebody is watching."""
     size = Path(path).stat().st_size if Path(path).is_file() else 0
     if size < _WORTH_A_BAR or not sys.stderr.isatty():
         yield None

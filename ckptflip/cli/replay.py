@@ -37,7 +37,7 @@ def command(record: str, ckpt: str, output: str | None, epoch: int | None, form:
 
     path = options.picked(ckpt, epoch)
     original = record_files.read(record)
-    with options.copy_progress(path, "copying") as progress:
+    with options.progress_bar(path, "copying") as progress:
         made = replay(original, path, out=output, progress=progress, **given)
     summarise(made, form)
     said(made, dry_run=given["dry_run"])

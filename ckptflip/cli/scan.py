@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from ckptflip.cli.options import epoch_option, format_option, picked, tensors_option
+from ckptflip.cli.options import epoch_option, format_option, picked, progress_bar, tensors_option
 
 COLUMNS = ("tensor", "elements", "nan", "inf", "extreme", "outliers", "minimum", "maximum", "first")
 
@@ -39,7 +39,9 @@ def command(
     from ckptflip.cli.output import emit, say
     from ckptflip.compare import scan
 
-    rows = scan(picked(ckpt, epoch), tensors=tensors, threshold=threshold)
+    path = picked(ckpt, epoch)
+    with progress_bar(path, "scanning") as progress:
+        rows = scan(path, tensors=tensors, threshold=threshold, progress=progress)
     shown = [r for r in rows if every or r.nev or r.outliers]
     emit([structs.asdict(r) for r in shown], COLUMNS, form)
     found = sum(r.nev for r in rows)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from ckptflip.cli.options import copy_progress
+from ckptflip.cli.options import progress_bar
 
 
 @click.command()
@@ -23,7 +23,7 @@ def command(ckpt: str, record: str, output: str | None, overwrite: bool) -> None
     from ckptflip.alter import undo
     from ckptflip.cli.output import say
 
-    with copy_progress(ckpt, "copying") as progress:
+    with progress_bar(ckpt, "copying") as progress:
         done = undo(ckpt, record, out=output, overwrite=overwrite, progress=progress)
     say(f"{output or ckpt}: {done.restored} words restored, {done.already} had their value already")
     if done.digest_matches:

@@ -66,6 +66,16 @@ class Tensor(Struct, frozen=True):
         return (">" if self.order == ">" else "") + self.number.name
 
 
+def listed(given: str | Iterable[str]) -> tuple[str, ...]:
+    """A single string as a list of one.
+
+    Example:
+        >>> listed("conv1"), listed(["conv1", "fc"])
+        (('conv1',), ('conv1', 'fc'))
+    """
+    return (given,) if isinstance(given, str) else tuple(given)
+
+
 def matches(name: str, pattern: str) -> bool:
     """Whether a glob selects a name: all of it, or a part of it that ends at a ``/`` or a ``.``.
 

@@ -1,0 +1,76 @@
+"""A record's faults on the checkpoint at hand: the same tensors, the words as they are now."""
+
+from __future__ import annotations
+
+import numpy as np
+from msgspec.structs import replace
+from numpy.typing import NDArray
+
+from ckptflip.checkpoints import Checkpoint
+from ckptflip.checkpoints.target import positions_by_name
+from ckptflip.errors import RecordError
+from ckptflip.faults.plan import Plan
+from ckptflip.faults.record import Record
+
+
+def on_target(record: Record, target: Checkpoint) -> Plan:
+    """The record's plan with positions in the target's catalogue.
+
+    Raises:
+        RecordError: a tensor is missing, or of another shape or dtype.
+    """
+    names = positions_by_name(target.tensors)
+    positions = np.empty(len(record.header.tensors), np.int32)
+    for i, entry in enumerate(record.header.tensors):
+        at = next((names[n] for n in (entry.name, *entry.aliases) if n in names), None)
+        if at is None:
+            raise RecordError(
+                f"{target.path} has no tensor {entry.name!r}, which the record hits: "
+                "is it the right checkpoint?"
+            )
+        found = target.tensors[at]
+        if (found.shape, found.number) != (entry.shape, entry.number):
+            raise RecordError(
+                f"{entry.name} is {found.dtype} {found.shape} in {target.path}, "
+                f"{entry.dtype} {entry.shape} in the record"
+            )
+        positions[i] = at
+    plan = replace(record.plan, tensor=positions[record.plan.tensor])
+    plan = plan.take(np.lexsort((plan.word, plan.tensor)))
+    twice = np.flatnonzero((np.diff(plan.tensor) == 0) & (np.diff(plan.word) == 0))
+    if twice.size:
+        name = target.tensors[plan.tensor[twice[0]]].name
+        raise RecordError(f"the record hits {name} under two names, as two; in {target.path} they are one")
+    return plan
+
+
+def read_all(target: Checkpoint, plan: Plan) -> NDArray[np.uint64]:
+    """The words of a plan as they are in the target now, in the plan's order."""
+    found = np.empty(len(plan), np.uint64)
+    for tensor, rows in plan.by_tensor():
+        found[rows] = target.read(tensor, plan.word[rows])
+    return found
+
+
+def neither(current: NDArray[np.uint64], plan: Plan) -> NDArray[np.bool_]:
+    """Which words are neither the recorded ones before nor those after.
+
+    Byte by byte: a write that is killed may stop inside a word, where the word crosses a page of the file.
+    """
+    now, before, after = (words.view(np.uint8) for words in (current, plan.before, plan.after))
+    foreign: NDArray[np.bool_] = ((now != before) & (now != after)).reshape(-1, 8).any(axis=1)
+    return foreign
+
+
+def refusal(target: Checkpoint, plan: Plan, current: NDArray[np.uint64], foreign: NDArray[np.bool_]) -> str:
+    """Why an undo is refused, with the first word that does not fit."""
+    first = int(np.flatnonzero(foreign)[0])
+    tensor = target.tensors[plan.tensor[first]]
+    now, before, after = (int(words[first]) for words in (current, plan.before, plan.after))
+    return (
+        f"{int(foreign.sum())} of {len(plan)} words in {target.path} are neither what the record says they "
+        f"were nor what they became; the first is {tensor.name}, "
+        f"element {int(plan.word[first]) // tensor.number.parts}: "
+        f"{now:#x}, recorded {before:#x} → {after:#x}. The file was altered since, or the record belongs to "
+        "another file. Nothing was altered"
+    )
