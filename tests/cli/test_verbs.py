@@ -427,11 +427,11 @@ def test_a_progress_bar_only_for_somebody_who_watches(folder, monkeypatch):
     from ckptflip.cli import options
 
     monkeypatch.setattr(options, "_WORTH_A_BAR", 1)
-    with options.copy_progress("a.h5", "copying") as progress:
+    with options.progress_bar("a.h5", "copying") as progress:
         assert progress is None
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    with options.copy_progress("a.h5", "copying") as progress:
+    with options.progress_bar("a.h5", "copying") as progress:
         assert progress is not None
         progress((folder / "a.h5").stat().st_size)
-    with options.copy_progress("gone.h5", "copying") as progress:
+    with options.progress_bar("gone.h5", "copying") as progress:
         assert progress is None
