@@ -94,7 +94,7 @@ def _layer(parts: list[str], owner: str, given: str) -> str:
         # Keras 2 repeats the layer's name inside its own group; variables may lie deeper still.
         at = groups.index("model_weights") + 1
         return groups[at] if at < len(groups) else owner
-    named = [g for g in groups if g not in _CONTAINERS and not g.isdecimal()]
+    named = [g for g in groups if g not in _CONTAINERS | _RNG and not g.isdecimal()]
     return "/".join([*named, *([owner] if owner else [])])
 
 

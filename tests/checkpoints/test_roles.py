@@ -58,10 +58,10 @@ KERAS_3 = [
         1,
         (),
         "",
-        "dropout/seed_generator",
+        "dropout",
         "rng",
     ),
-    ("layers/dropout/seed_generator/vars/0", "uint32", 1, (), "", "dropout/seed_generator", "rng"),
+    ("layers/dropout/seed_generator/vars/0", "uint32", 1, (), "", "dropout", "rng"),
     ("optimizer/vars/0", I8, 0, (), "adam", "adam", "counter"),
     ("optimizer/vars/1", F4, 0, (), "adam", "adam", "optimizer"),
     ("optimizer/vars/2", F4, 2, (), "adam", "adam", "optimizer"),
@@ -93,7 +93,7 @@ PYTORCH = [
     ("conv1.weight", F4, 4, (), "", "conv1", "weight"),
     ("optimizer/state/0/exp_avg", F4, 2, (), "conv1.weight", "conv1", "optimizer"),
     ("optimizer/state/0/step", F4, 0, (), "conv1.weight", "conv1", "counter"),
-    ("rng/torch", "uint8", 1, (), "", "rng", "rng"),
+    ("rng/torch", "uint8", 1, (), "", "", "rng"),
     ("epoch", I8, 0, (), "", "", "counter"),
 ]
 CHAINER = [
