@@ -12,7 +12,7 @@ from msgspec.structs import replace
 from ckptflip import __version__, record_files
 from ckptflip.checkpoints import Changes, Checkpoint, files
 from ckptflip.checkpoints.files import Progress
-from ckptflip.errors import CkptflipError, UsageError
+from ckptflip.errors import CheckpointError, CkptflipError, UsageError
 from ckptflip.faults.plan import Plan
 from ckptflip.faults.policy import Policy
 from ckptflip.faults.record import SCHEMA, Header, Record, counts_of, entries_of
@@ -60,13 +60,22 @@ def destination(
         UsageError: contradictory wishes, or files that exist.
     """
     source = Path(checkpoint)
+    if not source.name or source.is_dir():
+        raise CheckpointError(f"{source} is a folder; name a file in it")
     if in_place and out is not None:
         raise UsageError("an output and in-place were both asked for; choose one")
     target = (
-        None if in_place else Path(out) if out else source.with_name(f"{source.stem}.flipped{source.suffix}")
+        None
+        if in_place
+        else Path(out)
+        if out is not None
+        else source.with_name(f"{source.stem}.flipped{source.suffix}")
     )
     result = target or source
-    record_path = Path(record) if record else result.with_name(f"{result.name}.flips.jsonl")
+    for named in (target, None if record is None else Path(record)):
+        if named is not None:
+            files.check_new(named, overwrite=True)
+    record_path = Path(record) if record is not None else result.with_name(f"{result.name}.flips.jsonl")
     made = Destination(source, target, record_path, overwrite)
     if dry_run:
         return made
@@ -77,8 +86,8 @@ def destination(
             "undo it first, or name another with --record" if in_place else "name another, or add --overwrite"
         )
         raise UsageError(f"the record {record_path} exists; {hint}")
-    if target is not None and target.exists() and not overwrite:
-        raise UsageError(f"{target} exists; name another output with -o, or replace it with --overwrite")
+    if target is not None:
+        files.check_new(target, overwrite=overwrite)
     return made
 
 
@@ -159,8 +168,10 @@ def carry_out(
         CkptflipError: something failed; the checkpoint is as it was, and no new file is left.
     """
     assert destination.record is not None
-    masks = plan.before ^ plan.after
-    changes = Changes(plan.tensor, plan.word, masks, masks)
+    # A fault without effect alters nothing, not even where that would first have to be allocated.
+    effective = plan.take(plan.before != plan.after)
+    masks = effective.before ^ effective.after
+    changes = Changes(effective.tensor, effective.word, masks, masks)
     if destination.out is None:
         record_files.write(record, destination.record, overwrite=False, durable=True)
         try:
@@ -169,14 +180,20 @@ def carry_out(
             destination.record.unlink()
             raise
     else:
-        with files.new_file(
-            destination.out, overwrite=destination.overwrite, like=destination.source
-        ) as temporary:
-            files.copy(destination.source, temporary, progress)
-            target.alter(changes, checksum, temporary)
-            header = replace(record.header, digest_after=files.digest(temporary))
-            record = Record(header, record.plan)
-            record_files.write(record, destination.record, overwrite=destination.overwrite)
+        stale = destination.record.exists()
+        try:
+            with files.new_file(
+                destination.out, overwrite=destination.overwrite, like=destination.source
+            ) as temporary:
+                files.copy(destination.source, temporary, progress)
+                target.alter(changes, checksum, temporary)
+                header = replace(record.header, digest_after=files.digest(temporary))
+                record = Record(header, record.plan)
+                record_files.write(record, destination.record, overwrite=destination.overwrite)
+        except CkptflipError:
+            if not stale:
+                destination.record.unlink(missing_ok=True)
+            raise
     return replace(record, path=str(destination.record))
 
 
@@ -189,6 +206,11 @@ def apply(
     if destination.out is None and patchable:
         target.alter(changes, checksum)
         return
+    if destination.out is None and destination.source.stat().st_nlink > 1:
+        raise CheckpointError(
+            f"{destination.source} has other names (hard links), which would keep the old data: this layout "
+            "is altered through a copy that takes the file's name. Write a new file with -o"
+        )
     replaced = destination.overwrite or destination.out is None
     # In place means the file that a symbolic link stands for, not the link.
     result = destination.out or destination.source.resolve()

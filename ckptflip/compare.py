@@ -220,6 +220,11 @@ class _Sums:
         self._delta2 = self._norm2 = np.longdouble(0)
 
     def add(self, a: NDArray[Any], b: NDArray[Any]) -> None:
+        """Take in one block of each. Signalling NaN are no reason to warn: they are counted."""
+        with np.errstate(all="ignore"):
+            self._add(a, b)
+
+    def _add(self, a: NDArray[Any], b: NDArray[Any]) -> None:
         number = self._number
         values, nev_a = self._values(a), classify(a, number, self._threshold)
         self._nev_a += _count(nev_a)

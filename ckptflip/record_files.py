@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ckptflip.bits import NumberFormat, to_values
 from ckptflip.bits.words import valid_mask
-from ckptflip.checkpoints.files import new_file, sync
+from ckptflip.checkpoints.files import new_file, open_plain, sync
 from ckptflip.errors import RecordError
 from ckptflip.faults.plan import COLUMNS, KINDS, Plan, empty
 from ckptflip.faults.policy import MOST_POLICIES
@@ -90,7 +90,7 @@ def read(path: str | Path) -> Record:
     """
     path = Path(path)
     try:
-        with path.open("rb") as file:
+        with open_plain(path) as file:
             is_hdf5 = file.read(8) == b"\x89HDF\r\n\x1a\n"
             if not is_hdf5:
                 file.seek(0)

@@ -191,7 +191,7 @@ def refused(path, message=""):
 
 def test_missing(tmp_path):
     refused(tmp_path / "none.jsonl", "No such file")
-    refused(tmp_path, "directory")
+    refused(tmp_path, "not a plain file")
 
 
 # How a line of a fault is changed, and what is said of it. The line is that of a's element 1.

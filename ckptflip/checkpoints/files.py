@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
+from typing import BinaryIO
 
 from ckptflip.errors import CheckpointError, InUseError, UsageError
 
@@ -31,7 +32,7 @@ def locked(path: Path, *, exclusive: bool) -> Iterator[None]:
         InUseError: another process holds it.
     """
     if path.is_dir():
-        raise CheckpointError(f"{path} is a folder; name a file in it, or pick one with --epoch")
+        raise CheckpointError(f"{path} is a folder; name a file in it")
     if path.exists() and not path.is_file():
         # Opening a pipe would wait for its other end.
         raise CheckpointError(f"{path} is not a plain file")
@@ -67,11 +68,12 @@ def new_file(path: Path, *, overwrite: bool, like: Path | None = None) -> Iterat
         like: a file whose permissions the new one gets.
 
     Raises:
-        UsageError: `path` exists and may not be replaced.
+        UsageError: `path` exists and may not be replaced, or is no plain file.
         CheckpointError: the folder is missing or cannot be written, or the disk is full.
     """
-    if not overwrite and path.exists():
-        raise UsageError(f"{path} exists; name another with -o, or replace it with --overwrite")
+    if path.is_symlink():
+        path = path.resolve()  # what the link stands for, not the link
+    check_new(path, overwrite=overwrite)
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{next(_serial)}.tmp")
     try:
         os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
@@ -90,6 +92,27 @@ def new_file(path: Path, *, overwrite: bool, like: Path | None = None) -> Iterat
         ) from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_new(path: Path, *, overwrite: bool) -> None:
+    """Raise UsageError unless a file may be written under this name."""
+    if not path.name:
+        raise UsageError(f"{str(path)!r} names no file; name the new file with -o")
+    if path.exists() and not path.is_file():
+        raise UsageError(f"{path} is a folder or a device, not a plain file; name another")
+    if path.exists() and not overwrite:
+        raise UsageError(f"{path} exists; name another with -o, or replace it with --overwrite")
+
+
+def open_plain(path: Path) -> BinaryIO:
+    """Open a plain file for reading; a pipe or device that would never end is refused.
+
+    Raises:
+        OSError: it is missing, cannot be read, or is no plain file.
+    """
+    if path.exists() and not path.is_file():
+        raise OSError(0, "not a plain file", str(path))
+    return path.open("rb")
 
 
 def _publish(temporary: Path, path: Path, *, overwrite: bool) -> None:

@@ -11,6 +11,7 @@ from msgspec import Struct
 from numpy.typing import NDArray
 
 from ckptflip.faults.catalogue import Tensor
+from ckptflip.faults.plan import runs
 
 CHECKSUM_MODES = ("repair", "leave")
 
@@ -50,9 +51,7 @@ class Changes(Struct, frozen=True, eq=False):
 
     def by_tensor(self) -> Iterator[tuple[int, slice]]:
         """The rows of each tensor: (position in the catalogue, slice of rows)."""
-        starts = np.flatnonzero(np.diff(self.tensor, prepend=-1)).tolist()
-        for start, end in zip(starts, [*starts[1:], self.tensor.size], strict=True):
-            yield int(self.tensor[start]), slice(start, end)
+        return runs(self.tensor)
 
 
 class Checkpoint(Protocol):

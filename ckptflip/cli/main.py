@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from importlib import import_module
+from pathlib import Path
 
 import click
 
@@ -68,6 +69,9 @@ def cli() -> None:
 
 def main() -> None:
     """Run the command line and exit."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller (`>&-`)
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115
     sys.exit(run(sys.argv[1:]))
 
 
@@ -96,7 +100,7 @@ def run(arguments: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except MemoryError:
-        return _fail("not enough memory: ask for fewer faults, or a smaller rate", 1)
+        return _fail("not enough memory: select fewer tensors, or ask for fewer faults", 1)
     except OSError as why:
         return _fail(f"{why.filename or 'output'}: {why.strerror or why}", 1)
 

@@ -60,7 +60,7 @@ def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
     text = ",".join(str(v) for v in value) if isinstance(value, tuple | list) else str(value)
-    text = _printable(text).replace("\n", "\\n")
+    text = _printable(text)
     return text if len(text) <= _WIDEST else f"{text[: _WIDEST - 1]}…"
 
 
@@ -68,7 +68,7 @@ def _printable(text: str) -> str:
     """The text with control characters escaped: names come from strangers' files."""
     if text.isprintable():
         return text
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _plain(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -21,6 +22,8 @@ from ckptflip.faults.stream import Stream
 MOST_ROUNDS = 1000
 # Up to so many units are searched to the end for those that the guards allow.
 SEARCHED = 1 << 17
+# What a drawn fault takes at the peak, in columns and in what they are made from.
+BYTES_PER_FAULT = 100
 
 
 class _Stratum(Struct, frozen=True, eq=False):
@@ -78,6 +81,10 @@ class Population:
                 self._add(tensor, tensors[tensor])
             if self.units > (self._ends[-1] if self._ends else 0):
                 self._ends.append(self.units)
+        if self.units >= 2**63:
+            raise SelectionError(
+                f"{self.units} eligible bits are more than can be numbered; select fewer tensors"
+            )
         if not self.units:
             raise SelectionError(_nothing_eligible(policy, [tensors[i] for i in chosen]))
         self._starts = np.array([s.start for s in self._strata], np.int64)
@@ -103,6 +110,7 @@ class Population:
         policy = self.policy
         stream = Stream(seed, self._position)
         if policy.ber is not None:
+            _check_memory(policy.ber * self.units)
             units = sampling.bernoulli(stream, self.units, policy.ber)
         else:
             units = self._distinct(stream, self._amount())
@@ -115,6 +123,7 @@ class Population:
     def _amount(self) -> int:
         policy = self.policy
         if policy.fraction is not None:
+            _check_memory(policy.fraction * self.units)
             return max(1, round(policy.fraction * self.units))
         count = 1 if policy.count is None else policy.count
         if count > self.units:
@@ -123,6 +132,7 @@ class Population:
                 f"count {count} is larger than the {self.units} eligible {unit}; "
                 "ask for fewer or widen the selection"
             )
+        _check_memory(count)
         return count
 
     def _distinct(self, stream: Stream, n: int, taken: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
@@ -266,6 +276,16 @@ class Population:
         return (
             f"{wanted} faults without {' or '.join(guards)} cannot be drawn from these {self.units} places: "
             "too many of them would produce it; ask for fewer, or take bits out (as in bits 'all,!critical')"
+        )
+
+
+def _check_memory(faults: float) -> None:
+    """Refuse what would be drawn for minutes and then not fit."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if faults * BYTES_PER_FAULT > memory:
+        raise SelectionError(
+            f"some {faults:.3g} faults would need {faults * BYTES_PER_FAULT / 1e9:.3g} GB of memory, more than "
+            "this machine has; ask for fewer, or select fewer tensors"
         )
 
 

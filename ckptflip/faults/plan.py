@@ -10,6 +10,7 @@ from msgspec import Struct
 from numpy.typing import NDArray
 
 from ckptflip.bits import popcount
+from ckptflip.errors import SelectionError
 from ckptflip.faults.catalogue import Tensor
 from ckptflip.faults.policy import Policy, combine
 from ckptflip.faults.stream import check_seed
@@ -59,9 +60,7 @@ class Plan(Struct, frozen=True, eq=False):
 
     def by_tensor(self) -> Iterator[tuple[int, slice]]:
         """The rows of each tensor that is hit: (position in the catalogue, slice of rows)."""
-        starts = np.flatnonzero(np.diff(self.tensor, prepend=-1))
-        for start, end in zip(starts.tolist(), np.append(starts, len(self))[1:].tolist(), strict=True):
-            yield int(self.tensor[start]), slice(start, end)
+        return runs(self.tensor)
 
     def take(self, rows: NDArray[np.bool_] | NDArray[np.int64] | slice) -> Plan:
         """The plan with some of its rows."""
@@ -71,6 +70,18 @@ class Plan(Struct, frozen=True, eq=False):
 
 COLUMNS = ("tensor", "word", "hit", "before", "after", "policies")
 KINDS = (np.int32, np.int64, np.uint64, np.uint64, np.uint64, np.uint16)
+
+
+def runs(tensor: NDArray[np.int32]) -> Iterator[tuple[int, slice]]:
+    """The stretches of equal values in a column of ascending positions: (position, slice of rows).
+
+    Example:
+        >>> list(runs(np.array([2, 2, 5], np.int32)))
+        [(2, slice(0, 2, None)), (5, slice(2, 3, None))]
+    """
+    starts = np.flatnonzero(np.diff(tensor, prepend=-1))
+    for start, end in zip(starts.tolist(), np.append(starts, tensor.size)[1:].tolist(), strict=True):
+        yield int(tensor[start]), slice(start, end)
 
 
 def empty() -> Plan:
@@ -89,14 +100,17 @@ def draw(policies: Policy | Sequence[Policy], tensors: Sequence[Tensor], read: R
         seed: the same policies, catalogue, contents and seed give the same plan, on every machine.
 
     Raises:
-        SelectionError: nothing may be hit, or more is wanted than there is.
+        SelectionError: nothing may be hit, or more is wanted than there is or than memory holds.
         GuardError: `forbid` leaves nothing to draw.
         UsageError: a seed that is not a whole number from 0 to 2^64-1.
     """
     from ckptflip.faults.draw import Population
 
     check_seed(seed)
-    base = np.cumsum([0, *(t.words for t in tensors)], dtype=np.int64)
+    words = [t.words for t in tensors]
+    if sum(words) >= 2**63:
+        raise SelectionError("the target claims more than 2^63 words, which no file holds: it is damaged")
+    base = np.cumsum([0, *words], dtype=np.int64)
     plan = empty()
     for position, policy in enumerate(combine(policies)):
         reader = _overlaid(read, plan, base)

@@ -144,11 +144,13 @@ def load(path: str | Path) -> tuple[tuple[Policy, ...], int | None]:
     import tomllib
 
     path = Path(path)
+    if path.exists() and not path.is_file():
+        raise UsageError(f"policy {path} is not a plain file")
     try:
         data = tomllib.loads(path.read_text("utf-8"))
     except OSError as why:
         raise UsageError(f"policy {path}: {why.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as why:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as why:
         raise UsageError(f"policy {path} is not TOML: {why}") from None
     seed = data.pop("seed", None)
     try:

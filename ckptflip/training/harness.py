@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ckptflip import __version__
-from ckptflip.errors import UsageError
+from ckptflip.errors import CkptflipError, UsageError, WorkloadError
 from ckptflip.training.track import Flips, Header, Row, Track, Writer, writing
 from ckptflip.training.workload import Workload, find
 
@@ -64,7 +64,7 @@ def train(
     workload = _workload(workload)
     folder = Path(save)
     began = time.perf_counter()
-    workload.start(seed)
+    _asked(workload, "the start", lambda: workload.start(seed))
     _clear(folder, folder / TRACK, overwrite)
     header = Header(
         workload=workload.name, seed=seed, start_epoch=0, until=epochs, label=label, versions=_versions()
@@ -150,7 +150,8 @@ def _follow(
 ) -> Track:
     trained: dict[str, float] = {}
     while True:
-        row = _row(workload.epoch, trained, workload.evaluate(), time.perf_counter() - began)
+        tested = _asked(workload, f"the evaluation of epoch {workload.epoch}", workload.evaluate)
+        row = _row(workload.epoch, trained, tested, time.perf_counter() - began)
         if folder:
             folder.mkdir(parents=True, exist_ok=True)
             workload.save(folder / checkpoint_name(workload.epoch))
@@ -160,7 +161,30 @@ def _follow(
         if workload.epoch >= until:
             return writer.track
         began = time.perf_counter()
-        trained = workload.train_epoch()
+        trained = _trained(workload)
+
+
+def _trained(workload: Workload) -> dict[str, float]:
+    """One epoch, counted."""
+    before = workload.epoch
+    measured = _asked(workload, f"training epoch {before + 1}", workload.train_epoch)
+    if workload.epoch != before + 1:
+        raise WorkloadError(
+            f"{workload.name}: train_epoch() must count one epoch; it went from {before} to {workload.epoch}"
+        )
+    return measured
+
+
+def _asked(workload: Workload, what: str, call: Callable[[], Any]) -> Any:
+    """Call a workload. An altered state, or a user's recipe, can fail anywhere: that is said in a line."""
+    try:
+        return call()
+    except CkptflipError:
+        raise
+    except Exception as error:
+        raise WorkloadError(
+            f"{workload.name}: {what} failed: {type(error).__name__}: {error}. Epochs done before are kept"
+        ) from error
 
 
 def _row(epoch: int, trained: dict[str, float], tested: dict[str, float], seconds: float) -> Row:

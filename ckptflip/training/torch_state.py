@@ -34,6 +34,8 @@ def capture(run: Run, name: str) -> dict[str, Any]:
         "optimizer": run.optimizer.state_dict(),
         "rng": run.rng,
     }
+    if buffers := _unsaved_buffers(run.model):
+        state["buffers"] = buffers
     if run.scheduler is not None:
         state["scheduler"] = run.scheduler.state_dict()
     if run.scaler is not None:
@@ -79,10 +81,30 @@ def take_up(run: Run, state: dict[str, Any], path: str, device: torch.device) ->
             target.load_state_dict(state[part])
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise WorkloadError(f"{path}: the {part} does not fit the workload: {error}") from error
+    _take_buffers(run.model, state.get("buffers", {}), path)
     try:
         set_random_state(state["rng"], device)
     except (RuntimeError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: the state of the random generators is damaged: {error}") from error
+
+
+def _unsaved_buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Buffers that the state dict leaves out (``persistent=False``), although training may change them."""
+    saved = model.state_dict().keys()
+    return {name: buffer for name, buffer in model.named_buffers() if name not in saved}
+
+
+def _take_buffers(model: torch.nn.Module, found: Any, path: str) -> None:
+    buffers = _unsaved_buffers(model)
+    if not isinstance(found, dict) or found.keys() != buffers.keys():
+        raise WorkloadError(f"{path}: its buffers {sorted(found)} are not the model's {sorted(buffers)}")
+    for name, buffer in buffers.items():
+        if _form(found[name]) != _form(buffer):
+            raise WorkloadError(
+                f"{path}: the buffer {name} is {_form(found[name])}, the model has {_form(buffer)}"
+            )
+        with torch.no_grad():
+            buffer.copy_(found[name])
 
 
 def _check_model(expected: dict[str, Any], found: Any, path: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any, TextIO
 
 import msgspec
 
+from ckptflip.checkpoints.files import open_plain
 from ckptflip.errors import RecordError
 
 SCHEMA = "track/1"
@@ -149,7 +150,8 @@ def read(path: str | Path) -> Track:
     if path.is_dir():
         path = path / "track.jsonl"
     try:
-        lines = path.read_bytes().split(b"\n")
+        with open_plain(path) as file:
+            lines = file.read().split(b"\n")
     except FileNotFoundError as error:
         raise RecordError(f"there is no track {path}") from error
     except OSError as error:

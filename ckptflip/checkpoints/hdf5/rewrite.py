@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ckptflip.checkpoints.hdf5.chunks import ChunkCodec, write_chunk
 from ckptflip.checkpoints.hdf5.places import Chunks, split, word_bytes
 from ckptflip.checkpoints.hdf5.types import Field
-from ckptflip.checkpoints.hdf5.walker import Dataset
+from ckptflip.checkpoints.hdf5.walker import FLETCHER32, Dataset
 from ckptflip.checkpoints.target import Changes
 from ckptflip.errors import CheckpointError
 from ckptflip.faults.catalogue import Tensor
@@ -62,9 +62,14 @@ def rewrite(
                 if place.kind == "chunked":
                     _alter_chunks(own[place.key], place, field, words, masks, checksum)
                 else:
+                    if checksum == "leave" and FLETCHER32 in place.filters:
+                        raise CheckpointError(
+                            f"{tensors[tensor].name}: only the library reaches its chunks, and it repairs "
+                            "their checksums; use --checksum repair"
+                        )
                     _alter_records(own[place.key], place, field, words, masks)
     except (OSError, RuntimeError, ValueError, KeyError) as why:
-        raise CheckpointError(f"{path.name} cannot be rewritten: {why}") from None
+        raise CheckpointError(f"HDF5 cannot write the altered copy: {why}") from None
 
 
 def _xor_records(

@@ -128,10 +128,11 @@ class HDF5Checkpoint:
             return
         plain = place.record == field.words * number.word_size
         step = max(1, _BLOCK_BYTES // number.word_size)
-        if place.kind == "chunked":
+        by_rows = plain and place.shape and place.kind in ("chunked", "library")
+        if by_rows:
             # Whole rows of chunks, so that no chunk is decoded twice.
-            per_row = prod(place.shape[1:]) * field.words
-            step = max(1, step // (per_row * place.chunk[0])) * place.chunk[0] * per_row
+            per_row, together = prod(place.shape[1:]) * field.words, (place.chunk or (1,))[0]
+            step = max(1, step // (per_row * together)) * together * per_row
         stored = self._stored_dtype(tensor)
         for start in range(0, total, step):
             end = min(total, start + step)
@@ -140,9 +141,10 @@ class HDF5Checkpoint:
                     self._descriptor, (end - start) * stored.itemsize, place.offset + start * stored.itemsize
                 )
                 yield np.frombuffer(raw, stored).astype(stored.newbyteorder("="), copy=False)
-            elif place.kind == "chunked" and plain:
+            elif by_rows:
+                take = self._chunk_rows if place.kind == "chunked" else self._library_rows
                 with self._readable(tensor):
-                    rows = self._chunk_rows(tensor, start // per_row, -(-end // per_row), stored)
+                    rows = take(tensor, start // per_row, -(-end // per_row), stored)
                 yield rows
             else:
                 yield self.read(tensor, np.arange(start, end, dtype=np.int64))
@@ -286,6 +288,17 @@ class HDF5Checkpoint:
             dataset = h5d.open(self._file.id, place.key)
             self._chunks[place.key] = Chunks(dataset, place, self._size, self._descriptor, self._user_block)
         return self._chunks[place.key]
+
+    def _library_rows(self, tensor: int, first: int, last: int, stored: np.dtype[Any]) -> NDArray[Any]:
+        """Rows first … last-1 of plain records, through the library."""
+        place = self._datasets[tensor]
+        dataset = h5d.open(self._file.id, place.key)
+        space = dataset.get_space()
+        count = (last - first, *place.shape[1:])
+        space.select_hyperslab((first, *(0 for _ in count[1:])), count)
+        rows = np.empty(count, f"V{place.record}")
+        dataset.read(h5s.create_simple(count), space, rows, dataset.get_type())
+        return rows.reshape(-1).view(stored).astype(stored.newbyteorder("="), copy=False)
 
     def _library_records(self, place: Dataset, records: NDArray[np.int64]) -> NDArray[np.uint8]:
         """Records that only the library reaches, shape (records, bytes)."""

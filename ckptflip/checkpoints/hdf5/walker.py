@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
-from h5py import h5a, h5d, h5g, h5l, h5o, h5s, h5t
+from h5py import h5a, h5d, h5f, h5g, h5l, h5o, h5s, h5t
 from msgspec import Struct
 from msgspec.structs import replace
 
@@ -23,6 +25,7 @@ _MOST_DEPTH = 200
 _FILTERS = {1: "gzip", 2: "shuffle", 3: "fletcher32", 4: "szip", 5: "nbit", 6: "scale-offset", 32000: "lzf"}
 FLETCHER32 = 3
 _SCALE_OFFSET = 6
+_LARGE_CLAIM = 1 << 34
 
 
 class Dataset(Struct, frozen=True):
@@ -86,6 +89,7 @@ class _Walk:
     def __init__(self, file: Any, size: int, user_block: int) -> None:
         self._root = h5g.open(file, b"/")
         self._size = size
+        self._home = Path(os.fsdecode(h5f.get_name(file))).parent
         self._user_block = user_block
         self._found = Found()
         self._at: dict[int, tuple[int, int]] = {}
@@ -236,6 +240,7 @@ class _Walk:
             offset = dataset.get_offset()
             # With a user block, HDF5 adds its length even to "nowhere", the largest address.
             if offset is None or offset < self._user_block:
+                _check_claim(prod(shape) * record)
                 return Dataset(path, shape, record, "library"), "unallocated"
             if offset + prod(shape) * record > self._size:
                 raise types.NotNumbersError(
@@ -244,17 +249,17 @@ class _Walk:
                 )
             return Dataset(path, shape, record, "flat", offset), "contiguous"
         if layout == h5d.CHUNKED:
-            return self._chunked(creation, path, shape, record)
+            return self._chunked(dataset, creation, path, shape, record)
         if layout == h5d.COMPACT:
             return Dataset(path, shape, record, "library"), "compact"
-        sources = {creation.get_virtual_filename(i) for i in range(creation.get_virtual_count())}
-        if sources <= {"."}:
-            raise types.NotNumbersError("a view of other datasets in this file, which are listed themselves")
+        self._check_view(creation)
         return Dataset(path, shape, record, "library", virtual=True), "virtual"
 
     def _chunked(
-        self, creation: Any, path: bytes, shape: tuple[int, ...], record: int
+        self, dataset: Any, creation: Any, path: bytes, shape: tuple[int, ...], record: int
     ) -> tuple[Dataset, str]:
+        if prod(shape) * record > _LARGE_CLAIM and not dataset.get_num_chunks():
+            _check_claim(prod(shape) * record)
         pipeline = [creation.get_filter(i) for i in range(creation.get_nfilters())]
         filters = tuple(f[0] for f in pipeline)
         names = [_FILTERS.get(f[0], f"filter {f[0]}") for f in pipeline]
@@ -267,10 +272,54 @@ class _Walk:
                     "kept by a lossy filter (scale-offset), which cannot store altered words exactly"
                 )
         layout = ", ".join(["chunked", *names])
+        if _is_misnumbered(dataset):
+            return Dataset(path, shape, record, "library", filters=filters), layout
         return Dataset(path, shape, record, "chunked", chunk=creation.get_chunk(), filters=filters), layout
+
+    def _check_view(self, creation: Any) -> None:
+        """Refuse views that hold nothing of their own, or that HDF5 could follow without end."""
+        maps = range(creation.get_virtual_count())
+        sources = [(creation.get_virtual_filename(i), creation.get_virtual_dsetname(i)) for i in maps]
+        if all(file == "." for file, _ in sources):
+            raise types.NotNumbersError("a view of other datasets in this file, which are listed themselves")
+        for file, name in sources:
+            if file == "." or "%" in file + name:
+                raise types.NotNumbersError(
+                    "a view of this and other files, or of a numbered series of files"
+                )
+            path = self._home / file
+            if path.is_file() and _is_view(path, name):
+                raise types.NotNumbersError(f"a view of a view in {file}; name the file that holds the data")
 
     def _skip(self, path: bytes, reason: str) -> None:
         self._found.skipped.append(Skipped(_text(path), reason))
+
+
+def _is_view(path: Path, name: str) -> bool:
+    """Whether a dataset of another file is virtual itself."""
+    try:
+        with h5py.File(path, "r", locking=False) as file:
+            found = file.get(name)
+            return isinstance(found, h5py.Dataset) and found.is_virtual
+    except (OSError, RuntimeError):
+        return False  # unreadable sources read as fill values
+
+
+def _check_claim(size: int) -> None:
+    """Refuse a dataset of a size that a few bytes can claim: nothing of it was ever written."""
+    if size > _LARGE_CLAIM:
+        raise types.NotNumbersError(f"claims {size} bytes, none of which was ever written")
+
+
+def _is_misnumbered(dataset: Any) -> bool:
+    """Whether HDF5 may give wrong coordinates for the chunks.
+
+    Newer files keep the chunks of a dataset with one unlimited axis in an extensible array, that axis first;
+    HDF5 (2.0 at least) forgets to put the axes back in order when it is asked where a chunk lies.
+    """
+    most = dataset.get_space().get_simple_extent_dims(maxdims=True)
+    unlimited = [axis for axis, length in enumerate(most) if length == h5s.UNLIMITED]
+    return len(unlimited) == 1 and unlimited != [0]
 
 
 def _text(name: bytes) -> str:
@@ -282,6 +331,8 @@ def _text_attribute(owner: Any, name: bytes) -> str:
     if not h5a.exists(owner, name):
         return ""
     attribute = h5a.open(owner, name)
+    if attribute.get_space().get_simple_extent_type() == h5s.NULL:
+        return ""
     if attribute.get_storage_size() > 4096 or attribute.shape not in ((), (1,)):
         return ""
     if h5py.check_string_dtype(attribute.dtype) is None:
