@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from ckptflip.faults import Policy
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'ckptflip' has no attribute {name!r}")

@@ -16,6 +16,7 @@ from ckptflip.errors import CheckpointError, CkptflipError, UsageError
 from ckptflip.faults.plan import Plan
 from ckptflip.faults.policy import Policy
 from ckptflip.faults.record import SCHEMA, Header, Record, counts_of, entries_of
+from ckptflip.matching import in_effect
 
 
 class Destination(Struct, frozen=True):
@@ -53,7 +54,7 @@ def destination(
         out: the new file; by default ``ckpt.flipped.h5`` for ``ckpt.h5``.
         in_place: alter `checkpoint` itself.
         record: the record; by default the result's name with ``.flips.jsonl`` added.
-        overwrite: whether existing files may be replaced; never the record of an injection in place.
+        overwrite: whether existing files may be replaced; in place, a record only once it was undone.
         dry_run: nothing will be written, so nothing can be in the way.
 
     Raises:
@@ -80,10 +81,11 @@ def destination(
     if dry_run:
         return made
     check_distinct(made)
-    if record_path.exists() and (not overwrite or in_place):
-        # In place, the old record is the only way back to the bytes before the earlier faults.
+    if record_path.exists() and not overwrite:
         hint = (
-            "undo it first, or name another with --record" if in_place else "name another, or add --overwrite"
+            "undo it first and add --overwrite, or name another with --record"
+            if in_place
+            else "name another, or add --overwrite"
         )
         raise UsageError(f"the record {record_path} exists; {hint}")
     if target is not None:
@@ -173,7 +175,9 @@ def carry_out(
     masks = effective.before ^ effective.after
     changes = Changes(effective.tensor, effective.word, masks, masks)
     if destination.out is None:
-        record_files.write(record, destination.record, overwrite=False, durable=True)
+        if destination.record.exists():
+            _check_spent(destination.record, target)
+        record_files.write(record, destination.record, overwrite=destination.overwrite, durable=True)
         try:
             apply(target, changes, destination, checksum, progress)
         except CkptflipError:
@@ -195,6 +199,15 @@ def carry_out(
                 destination.record.unlink(missing_ok=True)
             raise
     return replace(record, path=str(destination.record))
+
+
+def _check_spent(path: Path, target: Checkpoint) -> None:
+    """Refuse to replace a record that is the only way back to the bytes before earlier faults."""
+    if in_effect(record_files.read(path), target):
+        raise UsageError(
+            f"the record {path} is still in effect, and the only way back: undo it first, or name another "
+            "with --record"
+        )
 
 
 def apply(

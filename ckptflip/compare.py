@@ -214,7 +214,7 @@ class _Sums:
     def __init__(self, number: NumberFormat, threshold: float) -> None:
         self._number = number
         self._threshold = threshold
-        self._words = self._bits = self._ulp = self._nev_a = self._nev_b = 0
+        self._words = self._bits = self._ulp = self._nev_a = self._nev_b = self._infinite = 0
         self._max = 0.0
         # Long doubles, because the squares of large float64 values are beyond float64.
         self._delta2 = self._norm2 = np.longdouble(0)
@@ -241,6 +241,7 @@ class _Sums:
         self._words += at.size
         self._bits += popcount(a[at] ^ b[at])
         usable = at[finite[at]]
+        self._infinite += at.size - usable.size
         if usable.size:
             delta = self._values(b[usable]) - values[usable]
             self._max = max(self._max, float(np.abs(delta).max()))
@@ -268,6 +269,7 @@ class _Sums:
             max_ulp=self._ulp,
             nev_a=self._nev_a,
             nev_b=self._nev_b,
+            note=f"{self._infinite} of them not finite, left out of the distances" if self._infinite else "",
         )
 
 

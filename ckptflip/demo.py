@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from pathlib import Path
 
 from ckptflip.errors import UsageError, WorkloadError
 from ckptflip.training import harness
-from ckptflip.training.track import Track
+from ckptflip.training.track import Track, collapsed
 
 WORKLOAD = "digits-cnn"
 EPOCHS, FLIP_EPOCH = 15, 5
@@ -137,9 +136,8 @@ def _trial(start: Path, folder: Path, count: int, bits: str, seed: int, clean: f
         WORKLOAD, altered, EPOCHS, label=_named(count, bits), overwrite=True,
         track=folder / f"{altered.stem}.track.jsonl",
     )  # fmt: skip
-    final, loss = _final(track), track.rows[-1].loss
-    collapsed = final < clean / 2 or loss is None or not math.isfinite(loss)
-    trial = Trial(count, bits, seed, record.bits_effective, track.rows[0].accuracy or 0.0, final, collapsed)
+    right_after, final = track.rows[0].accuracy or 0.0, _final(track)
+    trial = Trial(count, bits, seed, record.bits_effective, right_after, final, collapsed(track, clean))
     return trial, track
 
 
@@ -169,11 +167,11 @@ def _on_others(clean: float, trials: Sequence[Trial]) -> str:
             f"all {len(others)} runs ended within {100 * TOLERANCE:g} percentage point of the clean run's "
             f"{_percent(clean)}, or above it."
         )
-    collapsed = sum(trial.collapsed for trial in others)
+    lost = sum(trial.collapsed for trial in others)
     return (
         f"Training did not absorb all flips of other bits than the critical one: {len(below)} of "
         f"{len(others)} runs ended more than {100 * TOLERANCE:g} percentage point below the clean run's "
-        f"{_percent(clean)} or collapsed ({collapsed} collapsed); "
+        f"{_percent(clean)} or collapsed ({lost} collapsed); "
         f"the worst, with {_flips(worst.count)}, ended at {_percent(worst.final)}."
     )
 
@@ -182,14 +180,14 @@ def _on_critical(clean: float, trials: Sequence[Trial]) -> str:
     critical = [trial for trial in trials if trial.bits == CRITICAL]
     least = min(trial.count for trial in critical)
     few = [trial for trial in critical if trial.count == least]
-    collapsed = [trial for trial in few if trial.collapsed]
+    lost = [trial for trial in few if trial.collapsed]
     range_text = " to ".join(dict.fromkeys(_percent(f(t.final for t in few)) for f in (min, max)))
     subject = f"{_flips(least).capitalize()} of the critical bit"
     ended = f"(final accuracy {range_text}, clean {_percent(clean)})"
-    if len(collapsed) == len(few):
+    if len(lost) == len(few):
         return f"{subject} was enough to make every one of {len(few)} runs collapse {ended}."
-    if collapsed:
-        return f"{subject} made {len(collapsed)} of {len(few)} runs collapse; the others survived it {ended}."
+    if lost:
+        return f"{subject} made {len(lost)} of {len(few)} runs collapse; the others survived it {ended}."
     return f"{subject} made none of {len(few)} runs collapse, against what is usually reported {ended}."
 
 

@@ -74,3 +74,13 @@ def refusal(target: Checkpoint, plan: Plan, current: NDArray[np.uint64], foreign
         f"{now:#x}, recorded {before:#x} → {after:#x}. The file was altered since, or the record belongs to "
         "another file. Nothing was altered"
     )
+
+
+def in_effect(record: Record, target: Checkpoint) -> bool:
+    """Whether a checkpoint holds what a record did to it: False once it was undone.
+
+    Raises:
+        RecordError: the record hits tensors that this checkpoint does not have.
+    """
+    plan = on_target(record, target)
+    return bool((read_all(target, plan) != plan.before).any())

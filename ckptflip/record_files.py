@@ -233,8 +233,8 @@ def _read_hdf5(path: Path) -> Record:
                 _column(file[name], kind) for name, kind in zip(COLUMNS, KINDS, strict=True)
             ]
     # h5py raises nearly anything for damaged metadata; OSError is told by the caller.
-    except (LookupError, AttributeError, TypeError, ValueError, RuntimeError, MemoryError) as why:
-        raise RecordError(f"{path} is HDF5, but no record: {why}") from None
+    except (LookupError, AttributeError, TypeError, ValueError, RuntimeError, MemoryError):
+        raise RecordError(f"{path} is HDF5, but no record of flips (it lacks a record's columns)") from None
     if len({c.shape for c in columns}) != 1 or columns[0].ndim != 1:
         raise RecordError(f"record {path} is damaged: its columns differ in length")
     return _checked(Record(header, Plan(*columns)), path)

@@ -6,7 +6,8 @@
 An example is a block fenced as ```console: lines after `$ ` are run by bash, one after the other in one
 empty folder per page; the lines between are what they print (standard error included). A line `...`
 stands for any lines and `…` for any word. Numbers with a decimal point, and the words of float32 numbers, may
-differ by 5 %: trained weights differ in their last bits between processors.
+differ by 5 %: trained weights differ in their last bits between processors. A ```python block after
+`<!-- run -->` is run last, and must not fail.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
 _BLOCK = re.compile(r"^```console\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_PYTHON = re.compile(r"^<!-- run -->\n```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _WORD = re.compile(r"[0-9a-f]{8}$")
 _NUMBER = re.compile(r"-?\d*\.\d+(?:e[+-]?\d+)?%?$")
 
@@ -39,6 +41,9 @@ def examples(text: str) -> Iterator[Example]:
     """The examples of a page, in order."""
     for block in _BLOCK.finditer(text):
         yield from _block_examples(block.group(1))
+    for block in _PYTHON.finditer(text):
+        # What it prints is not shown on the page; it must run, that is all.
+        yield Example(f"python - <<'END' >/dev/null\n{block.group(1)}END", [])
 
 
 def _block_examples(block: str) -> Iterator[Example]:

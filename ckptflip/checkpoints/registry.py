@@ -45,7 +45,10 @@ def sniff(path: Path) -> str:
 
 def _looks_like(head: bytes) -> str:
     if head.startswith(b"PK\x03\x04"):
-        return "it looks like a zip, as .pt, .keras and .npz files are"
+        return (
+            "it looks like a zip, as .pt, .keras and .npz files are; a PyTorch state can be saved anew with "
+            "ckptflip.torch_h5.save(torch.load(path, weights_only=True), 'new.h5')"
+        )
     if head.startswith(b"\x80") and head[1:2] in b"\x02\x03\x04\x05":
         return "it looks like a Python pickle"
     if b"\0" not in head:

@@ -38,6 +38,13 @@ _RNG = frozenset(("rng", "rng_state", "rng_states", "seed_generator", "seed_gene
 _COUNTERS = frozenset(
     ("num_batches_tracked", "step", "steps", "iteration", "iterations", "epoch", "global_step", "t", "N")
 )
+# What PyTorch's optimizers keep for each parameter.
+_SLOTS = frozenset(
+    (
+        *("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf"),
+        *("momentum_buffer", "square_avg", "grad_avg", "acc_delta"),
+    )
+)
 _STATISTICS = frozenset(
     ("running_mean", "running_var", "moving_mean", "moving_variance", "avg_mean", "avg_var")
 )
@@ -111,7 +118,7 @@ def _role(
         return "rng"
     if variable in _COUNTERS and ndim <= 1:
         return "counter"
-    if any(w.startswith("optimizer") for w in words):
+    if variable in _SLOTS or any(w.startswith("optim") or w == "opt" for w in words):
         return "counter" if variable == "0" and ndim == 0 and not number.is_float else "optimizer"
     if variable in _STATISTICS:
         return "statistic"

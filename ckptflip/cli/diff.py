@@ -24,9 +24,10 @@ def command(
 ) -> None:
     """Compare two checkpoints A and B, tensor by tensor and bit by bit.
 
-    Lists words and bits that differ, the largest |B−A|, the relative L2 distance, the largest distance in
-    representable numbers (ULP), and NaN, infinite and extreme values (nev) in each. Exit code 3 when they
-    differ.
+    Lists words and bits that differ, the largest |B−A|, the relative L2 distance, the largest
+    distance in representable numbers (ULP), and NaN, infinite and extreme values (nev) in each.
+    Distances are over values finite in both; a note says how many changed ones are not. Exit code 3
+    when they differ.
     """
     from msgspec import structs
 

@@ -21,11 +21,15 @@ from ckptflip.cli.train import echo_row
     "--track", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
     help="The track's file. Default: in DIR, else <checkpoint's stem>.track.jsonl beside the checkpoint.",
 )  # fmt: skip
+@click.option(
+    "--record", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
+    help="What was altered in CKPT. Default: CKPT.flips.jsonl or CKPT.flips.h5 beside it, if there is one.",
+)  # fmt: skip
 @click.option("--label", metavar="TEXT", help="What runs of the same kind share, for figures.")
 @click.option("--overwrite", is_flag=True, help="Replace the track, and the run in DIR.")
 def command(
     workload: str, checkpoint: Path, until: int, save: Path | None, track: Path | None,
-    label: str | None, overwrite: bool,
+    record: Path | None, label: str | None, overwrite: bool,
 ) -> None:  # fmt: skip
     """Go on training WORKLOAD from the checkpoint CKPT, clean or altered.
 
@@ -39,6 +43,7 @@ def command(
         until,
         save=save,
         track=track,
+        record=record,
         label=label,
         overwrite=overwrite,
         progress=echo_row,

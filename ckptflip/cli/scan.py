@@ -30,9 +30,9 @@ def command(
 ) -> None:
     """Look for NaN, infinite, extreme and outlying values in CKPT.
 
-    Outliers are at least 1024 times larger than their tensor's median magnitude: worth a look, proof of
-    nothing. `first` is the flat index of the first NaN, infinite or extreme element. Exit code 3 when there
-    is one of those.
+    Outliers are at least 1024 times larger than their tensor's median magnitude: worth a look, proof
+    of nothing. Minimum and maximum are of finite values. `first` is the flat index of the first NaN,
+    infinite or extreme element. Exit code 3 when there is one of those.
     """
     from msgspec import structs
 

@@ -283,9 +283,10 @@ def _check_memory(faults: float) -> None:
     """Refuse what would be drawn for minutes and then not fit."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if faults * BYTES_PER_FAULT > memory:
+        needed = f"{faults * BYTES_PER_FAULT / 1e9:.3g} GB"
         raise SelectionError(
-            f"some {faults:.3g} faults would need {faults * BYTES_PER_FAULT / 1e9:.3g} GB of memory, more than "
-            "this machine has; ask for fewer, or select fewer tensors"
+            f"some {faults:.3g} faults would need {needed} of memory, more than this machine has; "
+            "ask for fewer, or select fewer tensors"
         )
 
 

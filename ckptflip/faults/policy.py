@@ -167,6 +167,11 @@ def load(path: str | Path) -> tuple[tuple[Policy, ...], int | None]:
 
 
 def _convert(table: Any, path: Path, position: int) -> Policy:
+    lists = ("tensors", "layers", "roles", "forbid")
+    if isinstance(table, dict):
+        table = {k: [v] if k in lists and isinstance(v, str) else v for k, v in table.items()}
+    if isinstance(table, dict) and "seed" in table:
+        raise UsageError(f"policy {path}, policy {position}: seed belongs at top level, before the tables")
     try:
         return msgspec.convert(table, Policy)
     except msgspec.ValidationError as why:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ckptflip.errors import UsageError
-from ckptflip.training.track import Track, read
+from ckptflip.training.track import Track, collapsed, read
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -235,8 +235,8 @@ def _legend(figure: Figure, groups: list[_Group], metric: str) -> None:
     lost = False
     for group in groups:
         notes = [f"{len(group.tracks)} runs"] if len(group.tracks) > 1 else []
-        if collapsed := _collapsed(group, groups, metric):
-            notes.append(f"{collapsed} collapsed" if notes else "collapsed")
+        if lost_runs := _collapsed(group, groups, metric):
+            notes.append(f"{lost_runs} collapsed" if notes else "collapsed")
         count = f" ({', '.join(notes)})" if notes else ""
         width = 3.6 if group.clean else 2.0
         handles.append(
@@ -255,11 +255,11 @@ def _legend(figure: Figure, groups: list[_Group], metric: str) -> None:
 
 
 def _collapsed(group: _Group, groups: list[_Group], metric: str) -> int:
-    """Runs that end below half the clean run's final accuracy; 0 for other metrics."""
+    """Runs that collapsed (see `ckptflip.training.track.collapsed`); 0 for other metrics than accuracy."""
     ends = [_curve(track, metric)[1][-1] for one in groups if one.clean for track in one.tracks]
     if metric != "accuracy" or not ends or group.clean:
         return 0
-    return sum(not _curve(track, metric)[1][-1] >= min(ends) / 2 for track in group.tracks)
+    return sum(collapsed(track, min(ends)) for track in group.tracks)
 
 
 def _save(figure: Figure, out: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import re
 import sys
@@ -12,8 +11,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ckptflip import __version__
-from ckptflip.errors import CkptflipError, UsageError, WorkloadError
+import msgspec
+
+from ckptflip import __version__, record_files
+from ckptflip.checkpoints import opened
+from ckptflip.errors import CheckpointError, CkptflipError, UsageError, WorkloadError
+from ckptflip.matching import in_effect
 from ckptflip.training.track import Flips, Header, Row, Track, Writer, writing
 from ckptflip.training.workload import Workload, find
 
@@ -80,6 +83,7 @@ def resume(
     *,
     save: str | Path | None = None,
     track: str | Path | None = None,
+    record: str | Path | None = None,
     label: str | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -88,11 +92,12 @@ def resume(
 
     Args:
         workload: a workload or its name (see `find`).
-        checkpoint: the file to go on from, clean or altered. A record beside it
-            (``<checkpoint>.flips.jsonl``) is named in the track's header.
+        checkpoint: the file to go on from, clean or altered.
         until: the epoch to stop after; more than the checkpoint's.
         save: a folder for a checkpoint per epoch and the track; without it only the track is kept.
         track: the track's file; by default in `save`, else ``<checkpoint's stem>.track.jsonl`` beside it.
+        record: the record of what was altered in the checkpoint; by default ``<checkpoint>.flips.jsonl`` or
+            ``.flips.h5`` beside it. It marks the run as altered, unless it was undone.
         label: what runs of the same kind share, for figures.
         overwrite: replace the track, and the run in `save`.
         progress: called with each row as it is recorded.
@@ -103,6 +108,8 @@ def resume(
     """
     workload = _workload(workload)
     checkpoint = Path(checkpoint)
+    if checkpoint.is_dir():
+        raise CheckpointError(f"{checkpoint} is a folder; name a file in it")
     folder = Path(save) if save is not None else None
     track = track_path(checkpoint, folder, track)
     if folder and checkpoint.parent.resolve() == folder.resolve():
@@ -117,7 +124,7 @@ def resume(
     _clear(folder, track, overwrite)
     header = Header(
         workload=workload.name, checkpoint=str(checkpoint), start_epoch=start, until=until, label=label,
-        flips=_flips(checkpoint), versions=_versions(),
+        flips=_flips(checkpoint, Path(record) if record is not None else None), versions=_versions(),
     )  # fmt: skip
     with writing(track, header) as writer:
         return _follow(workload, until, writer, folder, progress, began)
@@ -167,7 +174,7 @@ def _follow(
 def _trained(workload: Workload) -> dict[str, float]:
     """One epoch, counted."""
     before = workload.epoch
-    measured = _asked(workload, f"training epoch {before + 1}", workload.train_epoch)
+    measured: dict[str, float] = _asked(workload, f"training epoch {before + 1}", workload.train_epoch)
     if workload.epoch != before + 1:
         raise WorkloadError(
             f"{workload.name}: train_epoch() must count one epoch; it went from {before} to {workload.epoch}"
@@ -222,17 +229,24 @@ def _clear(folder: Path | None, track: Path, overwrite: bool) -> None:
         path.unlink()
 
 
-def _flips(checkpoint: Path) -> Flips | None:
-    """What the record beside an altered checkpoint says; an odd record is named all the same."""
-    record = checkpoint.with_name(f"{checkpoint.name}.flips.jsonl")
-    if not record.exists():
+def _flips(checkpoint: Path, record: Path | None) -> Flips | None:
+    """What a record says was altered in a checkpoint; None where there is no record, or it was undone.
+
+    A record that is named must fit; one that merely lies beside the checkpoint is named even if it is odd.
+    """
+    beside = (checkpoint.with_name(f"{checkpoint.name}.flips{suffix}") for suffix in (".jsonl", ".h5"))
+    found = record or next((path for path in beside if path.exists()), None)
+    if found is None:
         return None
     try:
-        with record.open(encoding="utf-8") as lines:
-            counts = json.loads(next(lines))["counts"]
-    except (OSError, ValueError, KeyError, TypeError, StopIteration, RecursionError):
-        counts = {}
-    return Flips(record=record.name, counts=counts if isinstance(counts, dict) else {})
+        made = record_files.read(found)
+        with opened(checkpoint) as target:
+            altered = in_effect(made, target)
+    except CkptflipError:
+        if record is not None:
+            raise
+        return Flips(record=found.name)
+    return Flips(record=found.name, counts=msgspec.structs.asdict(made.header.counts)) if altered else None
 
 
 def _versions() -> dict[str, str]:

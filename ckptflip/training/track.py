@@ -138,6 +138,18 @@ def writing(path: Path, header: Header) -> Iterator[Writer]:
         yield Writer(file, header)
 
 
+def collapsed(track: Track, clean: float) -> bool:
+    """Whether a run collapsed: its last loss is not finite, or its last accuracy below half the clean run's.
+
+    Args:
+        track: the run.
+        clean: the clean run's final accuracy, 0 to 1.
+    """
+    last = track.rows[-1]
+    broken = last.loss is not None and not math.isfinite(last.loss)
+    return broken or last.accuracy is None or not last.accuracy >= clean / 2
+
+
 def read(path: str | Path) -> Track:
     """Read a track: its file, or the folder of a run that holds ``track.jsonl``.
 

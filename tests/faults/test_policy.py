@@ -132,7 +132,8 @@ class TestToml:
             ("count = 'three'", "Expected `int | null`, got `str` - at `$.count`"),
             ("count = 1.5", "got `float` - at `$.count`"),
             ("count = true", "got `bool` - at `$.count`"),
-            ("tensors = 'conv1'", "Expected `array`, got `str` - at `$.tensors`"),
+            ("tensors = 1", "Expected `array`, got `int` - at `$.tensors`"),
+            ("[[policy]]\nseed = 1", "seed belongs at top level"),
             ("count = 0", "policy 1: count must be at least 1"),
             ("[[policy]]\ncount = 1\n[[policy]]\nber = 2", "policy 2: ber must be above 0"),
             ("count = 1\n[[policy]]\ncount = 2", "count stand beside [[policy]] tables"),
@@ -155,7 +156,7 @@ class TestToml:
     def test_missing(self, tmp_path):
         with pytest.raises(UsageError, match="No such file"):
             load(tmp_path / "nothing.toml")
-        with pytest.raises(UsageError, match="directory"):
+        with pytest.raises(UsageError, match="not a plain file"):
             load(tmp_path)
 
 
