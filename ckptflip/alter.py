@@ -228,6 +228,8 @@ def _policies(
             several = combine(policy)
     if seed is None:
         seed = int.from_bytes(os.urandom(6), "little")
+    if isinstance(seed, np.integer):
+        seed = int(seed)
     check_seed(seed)
     return several, seed
 

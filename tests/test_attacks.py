@@ -190,6 +190,22 @@ def clean(tmp_path_factory) -> Path:
     return folder
 
 
+def test_messages_that_name_the_way_out(checkpoint, tmp_path, capsys):
+    record = ckptflip.inject(checkpoint, seed=np.int64(5), layers="conv1")
+    assert run(["show", str(record.path)]) == 0
+    assert "1 fault, flip, uniform over layers conv1, bits all" in capsys.readouterr().err
+    expected = {
+        ("plot", str(record.path)): "is a record of flips, not a track",
+        ("show", str(checkpoint)): "no record of flips",
+        ("ls", str(tmp_path / "ckpt_*.h5"), "--epoch", "5"): "does not exist",
+        ("train", "./mine.py:made", "--epochs", "1", "--save", str(tmp_path / "s")): "as in mine:made",
+        ("diff", str(tmp_path), str(checkpoint)): "name a file in it",
+    }
+    for command, message in expected.items():
+        assert run([*command]) in (1, 2)
+        assert message in capsys.readouterr().err
+
+
 class TestTraining:
     def test_which_record_belongs_to_a_checkpoint(self, clean, tmp_path):
         from ckptflip.training import harness

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import click
 
-from ckptflip.errors import UsageError
+from ckptflip.errors import CheckpointError, UsageError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -144,6 +144,7 @@ def picked(checkpoint: str, epoch: int | None) -> Path:
 
     Raises:
         UsageError: --epoch beside a plain file.
+        CheckpointError: there is no such checkpoint.
     """
     if epoch is None and "{" not in checkpoint and not Path(checkpoint).is_dir():
         return Path(checkpoint)
@@ -152,6 +153,8 @@ def picked(checkpoint: str, epoch: int | None) -> Path:
     if not is_many(checkpoint):
         if epoch is None:
             return Path(checkpoint)
+        if not Path(checkpoint).exists():
+            raise CheckpointError(f"{checkpoint} does not exist")
         raise UsageError(
             f"--epoch picks from a folder or a pattern such as ckpt_{{epoch:03d}}.h5; {checkpoint} is a file"
         )

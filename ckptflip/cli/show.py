@@ -28,9 +28,13 @@ def command(record: str, flips: bool, form: str) -> None:
     the bits of integers. `bits` were hit, `effective` ones changed.
     """
     from ckptflip import record_files
-    from ckptflip.cli.output import emit
+    from ckptflip.cli.output import emit, say
 
     made = record_files.read(record)
+    header = made.header
+    for policy in header.policies:
+        chosen = f"{policy.design} over {policy.selection}, bits {policy.bits}"
+        say(f"{header.created}: {policy.amount}, {policy.fault}, {chosen}")
     if flips:
         emit(_flips(made), FLIP_COLUMNS, form)
     else:

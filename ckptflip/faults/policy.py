@@ -108,6 +108,14 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         count = 1 if self.count is None else self.count
         return f"{count} fault{'s' * (count != 1)}"
 
+    @property
+    def selection(self) -> str:
+        """Which tensors and elements, in words."""
+        names = ("tensors", "layers", "roles", "rows", "slice")
+        given = {name: getattr(self, name) for name in names if getattr(self, name)}
+        said = [f"{k} {v if isinstance(v, str) else ', '.join(v)}" for k, v in given.items()]
+        return " and ".join(said) or "all tensors"
+
     def guards(self) -> dict[str, float]:
         """The forbidden results; the value is a threshold and only matters for ``extreme``."""
         found: dict[str, float] = {}

@@ -181,7 +181,10 @@ def read(path: str | Path) -> Track:
 
 def _parsed(line: bytes, kind: type, path: Path, number: int) -> Any:
     try:
-        return msgspec.convert(msgspec.json.decode(line), kind, strict=False)
+        decoded = msgspec.json.decode(line)
+        if isinstance(decoded, dict) and "policies" in decoded:
+            raise RecordError(f"{path} is a record of flips, not a track of a run (.track.jsonl)")
+        return msgspec.convert(decoded, kind, strict=False)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise RecordError(f"{path}, line {number}: not a track's {kind.__name__.lower()}: {error}") from error
 

@@ -86,6 +86,9 @@ def find(name: str) -> Workload:
             f"there is no workload {name!r}.{hint} Built in: {known}. Yours are named package.module:object"
         )
     module_name, _, attribute = path.partition(":")
+    if "/" in module_name or module_name.endswith(".py"):
+        module = f"{Path(module_name).stem}:{attribute}"
+        raise WorkloadError(f"{name} names a file; name the module, as in {module}, from the file's folder")
     found = _attribute(_module(module_name, name), attribute, name)
     if isinstance(found, Workload) and not isinstance(found, type):
         return found
