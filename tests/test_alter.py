@@ -117,13 +117,13 @@ def test_without_a_seed_one_is_drawn_and_recorded(file):
 
 
 def test_a_name_is_no_prefix(file):
-    """PEERS.md, defect 6: `conv1` must not hit `conv10`."""
+    """`conv1` must not hit `conv10`, as a prefix match would."""
     record = ckptflip.inject(file, dry_run=True, tensors="conv1", fraction=1.0)
     assert {e.name for e in record.header.tensors} == {"conv1/weight", "conv1/bias"}
 
 
 def test_a_small_tensor_is_hit_as_often_as_its_bits_ask(tmp_path):
-    """PEERS.md, defect 1: drawing the tensor first hits one bias as often as a kernel 4096 times its size."""
+    """Drawing the tensor first would hit one bias as often as a kernel 4096 times its size."""
     with h5py.File(tmp_path / "a.h5", "w") as file:
         file["kernel"], file["bias"] = np.ones((64, 64), "f4"), np.ones(1, "f4")
     seeds = range(200)
@@ -139,7 +139,7 @@ def test_a_small_tensor_is_hit_as_often_as_its_bits_ask(tmp_path):
 
 
 def test_faults_without_effect_are_counted_apart(tmp_path):
-    """PEERS.md, defect 2."""
+    """What is counted as effective is what changed in the file."""
     with h5py.File(tmp_path / "a.h5", "w") as file:
         file["x"] = np.zeros(10, "u1")
     nothing = ckptflip.inject(tmp_path / "a.h5", in_place=True, fault="set0", fraction=1.0)

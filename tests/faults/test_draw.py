@@ -45,7 +45,7 @@ def check(plan, tensors=ZOO):
 
 class TestUniform:
     def test_every_bit_of_every_tensor_has_the_same_chance(self):
-        """PEERS defect 1: drawing a tensor first hits a 1-element bias beside a kernel every time."""
+        """Injectors that draw a tensor first hit a 1-element bias beside a kernel every other time."""
         units = sum(t.words * t.number.part_width for t in ZOO)
         found = {}
         for seed in range(400):
@@ -63,7 +63,7 @@ class TestUniform:
         assert stats.binomtest(on_bias, len(hits), 1 / 2000).pvalue > LEAST_P
 
     def test_each_bit_position_has_the_same_chance(self):
-        """PEERS defect 11: peers that only ever touch the mantissa."""
+        """Some injectors only ever touch the mantissa."""
         hits = bits_hit(drawn(Policy(count=6400), [tensor("w", (10**6,))]))
         assert stats.chisquare(np.bincount([b for _, _, b in hits], minlength=32)).pvalue > LEAST_P
 
@@ -119,7 +119,7 @@ class TestDesigns:
 class TestCounts:
     @given(st.integers(1, 400), st.integers(0, 50), st.sampled_from(["all", "exponent", "mantissa", "!sign"]))
     def test_as_many_flips_as_asked_for_really_differ(self, count, seed, bits):
-        """PEERS defects 2 and 11: distinct bits, so no second flip undoes a first."""
+        """Distinct bits, so no second flip undoes a first, as happens when they are drawn with replacement."""
         plan = drawn(Policy(count=count, bits=bits), seed=seed)
         check(plan)
         assert plan.bits_hit == plan.bits_effective == count == popcount(plan.before ^ plan.after)
@@ -173,7 +173,7 @@ class TestCounts:
 
 class TestSelection:
     def test_conv1_never_hits_conv10(self):
-        """PEERS defect 6."""
+        """A prefix match would take conv10 for conv1."""
         plan = drawn(Policy(tensors=("conv1",), fraction=1.0))
         assert {ZOO[t].name for t in plan.tensor.tolist()} == {"conv1.weight", "conv1.bias"}
 
@@ -461,7 +461,7 @@ class TestReproducibility:
         assert digest.hexdigest() == GOLDEN_DIGEST
 
     def test_seeds(self):
-        """PEERS defect 4."""
+        """The seed governs every draw."""
         plans = [drawn(Policy(count=5), seed=s) for s in (0, 1, 2, 2**40)]
         assert same(plans[0], drawn(Policy(count=5), seed=0))
         assert not any(same(plans[i], plans[j]) for i in range(4) for j in range(i))
@@ -469,7 +469,7 @@ class TestReproducibility:
             drawn(Policy(), seed=-1)
 
     def test_global_random_state_is_neither_used_nor_touched(self):
-        """PEERS defect 4."""
+        """A global generator would make plans depend on who drew before."""
         import random
 
         random.seed(1)

@@ -1,4 +1,4 @@
-"""What attackers and newcomers once found: each of these lost data, lied, hung or ended in a traceback."""
+"""Inputs that are easy to get wrong: each once lost data, hung, ended in a traceback or gave a false answer."""
 
 from __future__ import annotations
 
