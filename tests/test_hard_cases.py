@@ -1,4 +1,4 @@
-"""Inputs that are easy to get wrong: each once lost data, hung, ended in a traceback or gave a false answer."""
+"""Inputs that are easy to get wrong: each once lost data, hung, gave a traceback or a false answer."""
 
 from __future__ import annotations
 

@@ -119,7 +119,7 @@ class TestDesigns:
 class TestCounts:
     @given(st.integers(1, 400), st.integers(0, 50), st.sampled_from(["all", "exponent", "mantissa", "!sign"]))
     def test_as_many_flips_as_asked_for_really_differ(self, count, seed, bits):
-        """Distinct bits, so no second flip undoes a first, as happens when they are drawn with replacement."""
+        """Distinct bits: no second flip undoes a first, as happens when drawing with replacement."""
         plan = drawn(Policy(count=count, bits=bits), seed=seed)
         check(plan)
         assert plan.bits_hit == plan.bits_effective == count == popcount(plan.before ^ plan.after)
