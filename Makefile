@@ -17,10 +17,12 @@ $(BIN)/python:
 
 # A stamp names the extras that are in; it is as old as the files that say what they hold.
 $(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing ckptflip with PyTorch into $(VENV); the first time takes a minute"
 	$(PIP) -e '.[torch]'
 	@touch $@
 
 $(VENV)/.test: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing everything into $(VENV); the first time takes a minute or two"
 	$(PIP) -e '.[torch,test,docs]'
 	@touch $@ $(VENV)/.demo
 
