@@ -186,7 +186,7 @@ def _no_match(glob: str, option: str, known: set[str]) -> str:
     import difflib
 
     names = sorted(n for n in known if n)
-    spoken = {part: n for n in names for part in (n, n.rpartition("/")[2], n.rpartition(".")[0])}
+    spoken = {part: n for n in names for part in (n, *n.split("/"), n.rpartition(".")[0])}
     near = difflib.get_close_matches(glob, [*spoken], 1, cutoff=0.5)
     if near:
         hint = f"did you mean {near[0]!r}?"
