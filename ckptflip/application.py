@@ -12,7 +12,7 @@ from msgspec.structs import replace
 from ckptflip import __version__, record_files
 from ckptflip.checkpoints import Changes, Checkpoint, files
 from ckptflip.checkpoints.files import Progress
-from ckptflip.errors import CheckpointError, CkptflipError, UsageError
+from ckptflip.errors import CheckpointError, CkptflipError, PartlyAlteredError, UsageError
 from ckptflip.faults.plan import Plan
 from ckptflip.faults.policy import Policy
 from ckptflip.faults.record import SCHEMA, Header, Record, counts_of, entries_of
@@ -168,6 +168,7 @@ def carry_out(
 
     Raises:
         CkptflipError: something failed; the checkpoint is as it was, and no new file is left.
+        PartlyAlteredError: not even that could be restored, in place; the record is kept for `undo`.
     """
     assert destination.record is not None
     # A fault without effect alters nothing, not even where that would first have to be allocated.
@@ -180,6 +181,8 @@ def carry_out(
         record_files.write(record, destination.record, overwrite=destination.overwrite, durable=True)
         try:
             apply(target, changes, destination, checksum, progress)
+        except PartlyAlteredError:
+            raise  # the record stays: it is the only way back
         except CkptflipError:
             destination.record.unlink()
             raise

@@ -15,7 +15,7 @@ from ckptflip.bits import NumberFormat, classify, popcount, to_values
 from ckptflip.bits.values import EXTREME, Classes
 from ckptflip.checkpoints import Checkpoint, opened
 from ckptflip.checkpoints.files import Progress
-from ckptflip.checkpoints.target import positions_by_name
+from ckptflip.checkpoints.target import position_of, positions_by_name
 from ckptflip.errors import UsageError
 from ckptflip.faults.catalogue import Tensor, listed, select
 
@@ -118,7 +118,7 @@ def diff(
         rows: list[TensorDiff] = []
         seen: set[int] = set()
         for i, tensor in enumerate(first.tensors):
-            at = next((names[n] for n in (tensor.name, *tensor.aliases) if n in names), None)
+            at = position_of(tensor, names)
             if at is not None:
                 seen.add(at)
             if i not in wanted_a:

@@ -33,6 +33,10 @@ class InUseError(CheckpointError):
     """Another process holds the checkpoint open."""
 
 
+class PartlyAlteredError(CheckpointError):
+    """Writing failed, and so did putting the old bytes back: the record is the only way to the original."""
+
+
 class RecordError(CkptflipError):
     """A record that cannot be read, or that does not belong to this checkpoint."""
 

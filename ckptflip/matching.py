@@ -7,7 +7,7 @@ from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from ckptflip.checkpoints import Checkpoint
-from ckptflip.checkpoints.target import positions_by_name
+from ckptflip.checkpoints.target import position_of, positions_by_name
 from ckptflip.errors import RecordError
 from ckptflip.faults.plan import Plan
 from ckptflip.faults.record import Record
@@ -22,7 +22,7 @@ def on_target(record: Record, target: Checkpoint) -> Plan:
     names = positions_by_name(target.tensors)
     positions = np.empty(len(record.header.tensors), np.int32)
     for i, entry in enumerate(record.header.tensors):
-        at = next((names[n] for n in (entry.name, *entry.aliases) if n in names), None)
+        at = position_of(entry, names)
         if at is None:
             raise RecordError(
                 f"{target.path} has no tensor {entry.name!r}, which the record hits: "

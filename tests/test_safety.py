@@ -19,6 +19,7 @@ from ckptflip.errors import (
     CheckpointError,
     CkptflipError,
     InUseError,
+    PartlyAlteredError,
     RecordError,
     SelectionError,
     UsageError,
@@ -602,3 +603,25 @@ def test_undo_with_the_wrong_record_alters_nothing(file, tmp_path, what):
 
 def test_all_errors_are_ours():
     assert all(issubclass(e, CkptflipError) for e in (CheckpointError, InUseError, RecordError, UsageError))
+
+
+def test_a_file_that_cannot_be_put_back_keeps_its_record(tmp_path, monkeypatch):
+    """When the disk fails for good in the middle, the record is the only way back and must not go."""
+    path = tmp_path / "a.h5"
+    with h5py.File(path, "w") as file:
+        file["w"] = np.ones(1 << 20, np.float32)
+    before = path.read_bytes()
+    real, left = os.pwrite, iter(range(20))
+
+    def pwrite(fd, data, offset):
+        if next(left, None) is None:
+            raise OSError(errno.EIO, "Input/output error")
+        return real(fd, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    with pytest.raises(PartlyAlteredError, match="partly altered"):
+        ckptflip.inject(path, in_place=True, count=200, seed=1)
+    monkeypatch.undo()
+    assert path.read_bytes() != before
+    assert 0 < ckptflip.undo(path, f"{path}.flips.jsonl").restored < 200
+    assert path.read_bytes() == before

@@ -6,6 +6,7 @@ Nothing is memory-mapped: a hole in a sparse file on a full disk must be an erro
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -14,12 +15,16 @@ import numpy as np
 from msgspec import Struct
 from numpy.typing import NDArray
 
-from ckptflip.errors import CheckpointError
+from ckptflip.errors import CheckpointError, PartlyAlteredError
 
 # Below this gap, reading on is cheaper than another system call.
 _GAP = 4096
 _SPAN_LIMIT = 1 << 22
 _BATCH_BYTES = 1 << 24
+_TORN = (
+    "writing failed, and so did putting the old bytes back: the file is partly altered. Mend the disk, then "
+    "undo with the record"
+)
 
 
 class Patch(Struct, frozen=True, eq=False):
@@ -70,6 +75,7 @@ def xor_words(fd: int, dtype: np.dtype[Any], offsets: NDArray[np.int64], masks: 
 
     Raises:
         CheckpointError: an offset lies beyond the end of the file, or a write failed (a full disk).
+        PartlyAlteredError: a write failed, and so did putting the old bytes back.
     """
     done = 0
     try:
@@ -82,11 +88,14 @@ def xor_words(fd: int, dtype: np.dtype[Any], offsets: NDArray[np.int64], masks: 
                 _write_spans(fd, batch, memoryview(batch.buffer))
             except OSError:
                 _write_spans(fd, batch, memoryview(original), best_effort=True)
+                if not _holds(fd, batch, original):
+                    raise PartlyAlteredError(_TORN) from None
                 raise
             done = batch.words.stop
     except (OSError, CheckpointError) as why:
         if done:
-            xor_words(fd, dtype, offsets[:done], masks[:done])
+            with _putting_back():
+                xor_words(fd, dtype, offsets[:done], masks[:done])
         if isinstance(why, CheckpointError):
             raise
         raise CheckpointError(
@@ -99,6 +108,7 @@ def apply_patches(patches: list[Patch]) -> None:
 
     Raises:
         CheckpointError: a file cannot be opened for writing, or a write failed; all files are as before.
+        PartlyAlteredError: a write failed, and so did putting the old bytes back.
     """
     done: list[Patch] = []
     try:
@@ -106,9 +116,19 @@ def apply_patches(patches: list[Patch]) -> None:
             _apply_one(patch)
             done.append(patch)
     except CheckpointError:
-        for patch in reversed(done):
-            _apply_one(patch)
+        with _putting_back():
+            for patch in reversed(done):
+                _apply_one(patch)
         raise
+
+
+@contextlib.contextmanager
+def _putting_back() -> Iterator[None]:
+    """Say so when what was written cannot be taken back."""
+    try:
+        yield
+    except CheckpointError:
+        raise PartlyAlteredError(_TORN) from None
 
 
 def _apply_one(patch: Patch) -> None:
@@ -151,6 +171,12 @@ def _batches(fd: int, offsets: NDArray[np.int64], size: int) -> Iterator[_Batch]
                 f"({os.fstat(fd).st_size} bytes)"
             )
         yield _Batch(first, last, buffer, words, at)
+
+
+def _holds(fd: int, batch: _Batch, data: bytes) -> bool:
+    """Whether the spans of a batch hold these bytes now."""
+    spans = zip(batch.starts, batch.ends, strict=True)
+    return b"".join(os.pread(fd, end - start, start) for start, end in spans) == data
 
 
 def _write_spans(fd: int, batch: _Batch, data: memoryview, *, best_effort: bool = False) -> None:

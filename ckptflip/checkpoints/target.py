@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from ckptflip.faults.catalogue import Tensor
 from ckptflip.faults.plan import runs
+from ckptflip.faults.record import TensorEntry
 
 CHECKSUM_MODES = ("repair", "leave")
 
@@ -32,6 +33,11 @@ def positions_by_name(tensors: Sequence[Tensor]) -> dict[str, int]:
     """Where each name of a catalogue stands in it, aliases included; a tensor's own name goes first."""
     aliases = {alias: i for i, t in enumerate(tensors) for alias in t.aliases}
     return aliases | {t.name: i for i, t in enumerate(tensors)}
+
+
+def position_of(tensor: Tensor | TensorEntry, names: Mapping[str, int]) -> int | None:
+    """Where a tensor of elsewhere stands among `positions_by_name`, by any of its names; None: nowhere."""
+    return next((names[n] for n in (tensor.name, *tensor.aliases) if n in names), None)
 
 
 class Changes(Struct, frozen=True, eq=False):

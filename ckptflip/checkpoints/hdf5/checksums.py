@@ -47,7 +47,6 @@ def checksum_patches(chunks: Chunks, touched: Sequence[TouchedWords], fd: int, t
     payloads: dict[tuple[int, ...], _Versions] = {}
     for each in touched:
         records, inner = split(each.words, each.field)
-        stored = each.field.number.word_dtype.newbyteorder(each.field.order)  # type: ignore[arg-type]
         for part in chunks.locate(records):
             assert part.offset is not None
             if part.coordinates not in payloads:
@@ -59,7 +58,7 @@ def checksum_patches(chunks: Chunks, touched: Sequence[TouchedWords], fd: int, t
                 (payloads[part.coordinates].after, each.mask),
                 (payloads[part.coordinates].faulty, each.mask ^ each.fault),
             ):
-                payload[at] ^= masks[part.rows].astype(stored).view(np.uint8).reshape(at.shape)
+                payload[at] ^= masks[part.rows].astype(each.field.stored).view(np.uint8).reshape(at.shape)
     found = [(v.offset, mask) for v in payloads.values() if (mask := v.mask())]
     found.sort()
     offsets = np.array([offset for offset, _ in found], np.int64)

@@ -46,6 +46,13 @@ def intra_record(
     return np.ascontiguousarray(taken).view(stored)[:, 0].astype(stored.newbyteorder("="))
 
 
+def element_space(dataset: Any, place: Dataset, records: Positions) -> Any:
+    """The file space of a dataset with some of its records selected, in the order given."""
+    space = dataset.get_space()
+    space.select_elements(np.stack(np.unravel_index(records, place.shape), axis=1).astype(np.uint64))
+    return space
+
+
 class Place(Struct, frozen=True, eq=False):
     """Words that lie at byte offsets of one file.
 
@@ -184,26 +191,21 @@ class Chunks:
         """The records of one chunk, shape (records of a chunk, bytes of a record); not to be altered."""
         offset, size, mask = self._stored(coordinates, many=False)
         if offset is None:
-            return np.broadcast_to(self._fill(), (prod(self._place.chunk), self._place.record))
+            return np.broadcast_to(self._filters().fill(), (prod(self._place.chunk), self._place.record))
         raw = os.pread(self._descriptor, size, offset)
         if not self._place.filters or (not self._place.coded and not mask):
             return np.frombuffer(raw, np.uint8, self._payload).reshape(-1, self._place.record)
+        return self._filters().decode(raw, mask)
+
+    def _filters(self) -> ChunkCodec:
+        """The dataset's filter pipeline, made when it is first needed."""
         if self._codec is None:
             self._codec = ChunkCodec(self._dataset, self._place.key.decode("utf-8", "backslashreplace"))
-        return self._codec.decode(raw, mask)
+        return self._codec
 
     @property
     def _payload(self) -> int:
         return prod(self._place.chunk) * self._place.record
-
-    def _fill(self) -> NDArray[np.uint8]:
-        fill = np.zeros((), f"V{self._place.record}")
-        creation = self._dataset.get_create_plist()
-        if creation.fill_value_defined():
-            scratch = ChunkCodec(self._dataset, "fill") if self._codec is None else self._codec
-            self._codec = scratch
-            return scratch.fill()
-        return fill.reshape(1).view(np.uint8)
 
     def _stored(self, coordinates: tuple[int, ...], *, many: bool) -> tuple[int | None, int, int]:
         if many and self._index is None:

@@ -13,7 +13,7 @@ from h5py import h5d, h5l, h5o, h5p, h5s
 from numpy.typing import NDArray
 
 from ckptflip.checkpoints.hdf5.chunks import ChunkCodec, write_chunk
-from ckptflip.checkpoints.hdf5.places import Chunks, split, word_bytes
+from ckptflip.checkpoints.hdf5.places import Chunks, element_space, split, word_bytes
 from ckptflip.checkpoints.hdf5.types import Field
 from ckptflip.checkpoints.hdf5.walker import FLETCHER32, Dataset
 from ckptflip.checkpoints.target import Changes
@@ -80,9 +80,10 @@ def _xor_records(
     rows: NDArray[np.int64],
 ) -> None:
     """XOR masks into words of records, shape (records, bytes); `rows` says which record each mask is for."""
-    stored = field.number.word_dtype.newbyteorder(field.order)  # type: ignore[arg-type]
     at = word_bytes(inner, field)
-    np.bitwise_xor.at(records, (rows[:, None], at), masks.astype(stored).view(np.uint8).reshape(at.shape))
+    np.bitwise_xor.at(
+        records, (rows[:, None], at), masks.astype(field.stored).view(np.uint8).reshape(at.shape)
+    )
 
 
 def _alter_chunks(
@@ -117,8 +118,7 @@ def _alter_records(
     wanted, rows = np.unique(records, return_inverse=True)
     kind = dataset.get_type()
     if place.shape:
-        space = dataset.get_space()
-        space.select_elements(np.stack(np.unravel_index(wanted, place.shape), axis=1).astype(np.uint64))
+        space = element_space(dataset, place, wanted)
         memory, data = h5s.create_simple(wanted.shape), np.empty(wanted.size, f"V{place.record}")
     else:
         space = memory = h5s.ALL

@@ -16,8 +16,17 @@ from numpy.typing import NDArray
 
 from ckptflip.checkpoints import patch
 from ckptflip.checkpoints.hdf5.checksums import TouchedWords, checksum_patches
-from ckptflip.checkpoints.hdf5.places import Chunks, Place, intra_record, segments_of, split
+from ckptflip.checkpoints.hdf5.places import (
+    Chunks,
+    Part,
+    Place,
+    element_space,
+    intra_record,
+    segments_of,
+    split,
+)
 from ckptflip.checkpoints.hdf5.rewrite import rewrite
+from ckptflip.checkpoints.hdf5.types import Field
 from ckptflip.checkpoints.hdf5.walker import Dataset, walk
 from ckptflip.checkpoints.target import Changes, Skipped
 from ckptflip.errors import CheckpointError
@@ -85,7 +94,7 @@ class HDF5Checkpoint:
 
     def _read(self, tensor: int, words: NDArray[np.int64]) -> NDArray[Any]:
         place = self._datasets[tensor]
-        stored = self._stored_dtype(tensor)
+        stored = self._fields[tensor].stored
         if not words.size:
             return np.empty(0, stored.newbyteorder("="))
         if place.kind in ("flat", "external"):
@@ -106,12 +115,7 @@ class HDF5Checkpoint:
         records, inner = split(words, field)
         for part in chunks.locate(records):
             if part.offset is not None and not place.coded and not part.filter_mask:
-                offsets = (
-                    part.offset
-                    + part.within * place.record
-                    + field.offset
-                    + inner[part.rows] * stored.itemsize
-                )
+                offsets = _in_file(part, field, place, inner)
                 order = np.argsort(offsets)
                 found[part.rows[order]] = patch.read_words(self._descriptor, stored, offsets[order])
             else:
@@ -133,7 +137,7 @@ class HDF5Checkpoint:
             # Whole rows of chunks, so that no chunk is decoded twice.
             per_row, together = prod(place.shape[1:]) * field.words, (place.chunk or (1,))[0]
             step = max(1, step // (per_row * together)) * together * per_row
-        stored = self._stored_dtype(tensor)
+        stored = self._fields[tensor].stored
         for start in range(0, total, step):
             end = min(total, start + step)
             if place.kind == "flat" and plain:
@@ -247,7 +251,7 @@ class HDF5Checkpoint:
     def _patches(
         self, tensor: int, words: NDArray[np.int64], masks: NDArray[np.uint64], target: Path
     ) -> list[patch.Patch]:
-        stored = self._stored_dtype(tensor)
+        stored = self._fields[tensor].stored
         masks = masks.astype(stored.newbyteorder("="))
         if self._datasets[tensor].kind != "chunked":
             parts = self._flat_places(tensor, words)
@@ -266,14 +270,8 @@ class HDF5Checkpoint:
         records, inner = split(words, field)
         offsets = np.empty(words.size, np.int64)
         for part in self._chunks_of(place).locate(records):
-            assert part.offset is not None
-            intra = field.offset + inner[part.rows] * field.number.word_size
-            offsets[part.rows] = part.offset + part.within * place.record + intra
+            offsets[part.rows] = _in_file(part, field, place, inner)
         return offsets
-
-    def _stored_dtype(self, tensor: int) -> np.dtype[Any]:
-        field = self._fields[tensor]
-        return field.number.word_dtype.newbyteorder(field.order)  # type: ignore[arg-type]
 
     def _flat_places(self, tensor: int, words: NDArray[np.int64]) -> list[Place]:
         place, field = self._datasets[tensor], self._fields[tensor]
@@ -309,11 +307,16 @@ class HDF5Checkpoint:
             dataset.read(h5s.ALL, h5s.ALL, scalar, kind)
             return np.repeat(scalar.reshape(1), records.size).view(np.uint8).reshape(-1, place.record)
         wanted, back = np.unique(records, return_inverse=True)
-        space = dataset.get_space()
-        space.select_elements(np.stack(np.unravel_index(wanted, place.shape), axis=1).astype(np.uint64))
+        space = element_space(dataset, place, wanted)
         found = np.empty(wanted.size, f"V{place.record}")
         dataset.read(h5s.create_simple(found.shape), space, found, kind)
         return found[back].view(np.uint8).reshape(-1, place.record)
+
+
+def _in_file(part: Part, field: Field, place: Dataset, inner: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Where the words of one chunk that is stored byte for byte lie in the file."""
+    assert part.offset is not None
+    return part.offset + part.within * place.record + field.offset + inner[part.rows] * field.number.word_size
 
 
 def _open(path: Path) -> h5py.File:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from math import prod
 from typing import Any
 
+import numpy as np
 from h5py import h5t
 from msgspec import Struct
 
@@ -52,6 +53,11 @@ class Field(Struct, frozen=True):
     def words(self) -> int:
         """Words in one record."""
         return prod(self.shape) * self.number.parts
+
+    @property
+    def stored(self) -> np.dtype[Any]:
+        """The dtype of a word as it lies in the file, byte order included."""
+        return self.number.word_dtype.newbyteorder(self.order)  # type: ignore[arg-type]
 
 
 class NotNumbersError(Exception):
