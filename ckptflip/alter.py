@@ -11,8 +11,8 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from ckptflip import application, record_files
-from ckptflip.application import Destination, apply, carry_out, check_distinct, record_of
-from ckptflip.checkpoints import Changes, files, opened
+from ckptflip.application import Destination, carry_out, check_distinct, record_of, restore
+from ckptflip.checkpoints import Changes, container, opened
 from ckptflip.checkpoints.files import Progress
 from ckptflip.checkpoints.target import CHECKSUM_MODES
 from ckptflip.errors import RecordError, UsageError
@@ -50,6 +50,7 @@ def inject(
     roles: str | Iterable[str] = (),
     rows: str | None = None,
     slice: str | None = None,
+    ranks: str | None = None,
     bits: str = "all",
     count: int | None = None,
     fraction: float | None = None,
@@ -74,7 +75,7 @@ def inject(
         in_place: alter the file itself; the record is on disk before the first byte changes.
         policy: a policy, several that act one after the other, or a TOML file of them; instead of the
             arguments from `tensors` to `forbid`, which are those of `ckptflip.faults.Policy`.
-        tensors, layers, roles, rows, slice, bits, count, fraction, ber, fault, design, forbid: see
+        tensors, layers, roles, rows, slice, ranks, bits, count, fraction, ber, fault, design, forbid: see
             `ckptflip.faults.Policy`; a single string stands for a list of one.
         seed: same seed, policy and checkpoint: same faults. Without one, one is drawn and recorded.
         record: name of the record; by default the output's name with ``.flips.jsonl`` added. A name ending
@@ -108,6 +109,7 @@ def inject(
         "roles": listed(roles),
         "rows": rows,
         "slice": slice,
+        "ranks": ranks,
         "bits": bits,
         "count": count,
         "fraction": fraction,
@@ -202,10 +204,14 @@ def undo(
         if foreign.any():
             raise RecordError(refusal(target, plan, current, foreign))
         changes = Changes(plan.tensor, plan.word, current ^ plan.before, plan.before ^ plan.after)
+        header = original.header
+        recorded = header.checksums if header.format == target.format else None
+        paths = target.files if out is None else container.names(target, Path(out))
         # Words that are right already stay in: an interrupted run may have left their checksum wrong.
-        apply(target, changes, destination, original.header.checksum, progress)
-    digest = original.header.digest_before
-    matches = None if digest is None else files.digest(destination.result, limit=None) == digest
+        restore(target, changes, recorded, destination, header.checksum, progress)
+    matches = None
+    if header.digest_before is not None and header.format == target.format:
+        matches = container.digest(paths, limit=None) == header.digest_before
     restored = int(np.count_nonzero(pending))
     return Undone(restored, int(np.count_nonzero(plan.before != plan.after)) - restored, matches)
 

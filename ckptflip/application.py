@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -10,12 +12,13 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from ckptflip import __version__, record_files
-from ckptflip.checkpoints import Changes, Checkpoint, files
+from ckptflip.checkpoints import Changes, Checkpoint, container, files, patch
 from ckptflip.checkpoints.files import Progress
+from ckptflip.checkpoints.target import Prepared
 from ckptflip.errors import CheckpointError, CkptflipError, PartlyAlteredError, UsageError
 from ckptflip.faults.plan import Plan
 from ckptflip.faults.policy import Policy
-from ckptflip.faults.record import SCHEMA, Header, Record, counts_of, entries_of
+from ckptflip.faults.record import SCHEMA, ChecksumEntry, Header, Record, counts_of, entries_of
 from ckptflip.matching import in_effect
 
 
@@ -61,21 +64,16 @@ def destination(
         UsageError: contradictory wishes, or files that exist.
     """
     source = Path(checkpoint)
-    if not source.name or source.is_dir():
-        raise CheckpointError(f"{source} is a folder; name a file in it")
+    if not source.name:
+        raise CheckpointError(f"{str(checkpoint)!r} is a folder; name a checkpoint in it")
+    target = None if in_place else Path(out) if out is not None else container.flipped_name(source)
     if in_place and out is not None:
         raise UsageError("an output and in-place were both asked for; choose one")
-    target = (
-        None
-        if in_place
-        else Path(out)
-        if out is not None
-        else source.with_name(f"{source.stem}.flipped{source.suffix}")
-    )
     result = target or source
-    for named in (target, None if record is None else Path(record)):
-        if named is not None:
-            files.check_new(named, overwrite=True)
+    if target is not None:
+        container.check_new(target, overwrite=True, folder=source.is_dir())
+    if record is not None:
+        files.check_new(Path(record), overwrite=True)
     record_path = Path(record) if record is not None else result.with_name(f"{result.name}.flips.jsonl")
     made = Destination(source, target, record_path, overwrite)
     if dry_run:
@@ -89,7 +87,7 @@ def destination(
         )
         raise UsageError(f"the record {record_path} exists; {hint}")
     if target is not None:
-        files.check_new(target, overwrite=overwrite)
+        container.check_new(target, overwrite=overwrite, folder=source.is_dir())
     return made
 
 
@@ -135,8 +133,8 @@ def record_of(
         seed=seed,
         policies=policies,
         replay_of=replay_of,
-        size=destination.source.stat().st_size,
-        digest_before=files.digest(destination.source),
+        size=container.size(target.files),
+        digest_before=container.digest(target.files),
         counts=counts_of(plan),
         tensors=entries,
         versions=_versions(),
@@ -175,33 +173,66 @@ def carry_out(
     effective = plan.take(plan.before != plan.after)
     masks = effective.before ^ effective.after
     changes = Changes(effective.tensor, effective.word, masks, masks)
-    if destination.out is None:
-        if destination.record.exists():
-            _check_spent(destination.record, target)
-        record_files.write(record, destination.record, overwrite=destination.overwrite, durable=True)
-        try:
-            apply(target, changes, destination, checksum, progress)
-        except PartlyAlteredError:
-            raise  # the record stays: it is the only way back
-        except CkptflipError:
-            destination.record.unlink()
-            raise
-    else:
-        stale = destination.record.exists()
-        try:
-            with files.new_file(
-                destination.out, overwrite=destination.overwrite, like=destination.source
-            ) as temporary:
-                files.copy(destination.source, temporary, progress)
-                target.alter(changes, checksum, temporary)
-                header = replace(record.header, digest_after=files.digest(temporary))
-                record = Record(header, record.plan)
-                record_files.write(record, destination.record, overwrite=destination.overwrite)
-        except CkptflipError:
-            if not stale:
-                destination.record.unlink(missing_ok=True)
-            raise
-    return replace(record, path=str(destination.record))
+    carry = _in_place if destination.out is None else _to_copy
+    header = carry(target, changes, record, destination, checksum, progress)
+    return Record(header, record.plan, str(destination.record))
+
+
+def _in_place(
+    target: Checkpoint,
+    changes: Changes,
+    record: Record,
+    destination: Destination,
+    checksum: str,
+    progress: Progress | None,
+) -> Header:
+    assert destination.record is not None
+    path, header = destination.record, record.header
+    if path.exists():
+        _check_spent(path, target)
+    written = False
+    try:
+        with _alteration(target, changes, destination, checksum, progress) as prepared:
+            header = replace(header, checksums=prepared.checksums)
+            record_files.write(
+                Record(header, record.plan), path, overwrite=destination.overwrite, durable=True
+            )
+            written = True
+    except PartlyAlteredError:
+        raise  # the record stays: it is the only way back
+    except CkptflipError:
+        if written:
+            path.unlink()
+        raise
+    return header
+
+
+def _to_copy(
+    target: Checkpoint,
+    changes: Changes,
+    record: Record,
+    destination: Destination,
+    checksum: str,
+    progress: Progress | None,
+) -> Header:
+    assert destination.record is not None and destination.out is not None
+    path = destination.record
+    stale = path.exists()
+    try:
+        with container.copied(
+            target, destination.out, overwrite=destination.overwrite, progress=progress
+        ) as copies:
+            prepared = target.prepare(changes, checksum, copies)
+            _write(target, prepared)
+            header = replace(
+                record.header, checksums=prepared.checksums, digest_after=container.digest(copies)
+            )
+            record_files.write(Record(header, record.plan), path, overwrite=destination.overwrite)
+    except CkptflipError:
+        if not stale:
+            path.unlink(missing_ok=True)
+        raise
+    return header
 
 
 def _check_spent(path: Path, target: Checkpoint) -> None:
@@ -213,23 +244,67 @@ def _check_spent(path: Path, target: Checkpoint) -> None:
         )
 
 
-def apply(
-    target: Checkpoint, changes: Changes, destination: Destination, checksum: str, progress: Progress | None
+def restore(
+    target: Checkpoint,
+    changes: Changes,
+    recorded: Sequence[ChecksumEntry] | None,
+    destination: Destination,
+    checksum: str,
+    progress: Progress | None,
 ) -> None:
-    """Alter in place by patching where the layout allows it, else through a copy that replaces the file."""
-    by_tensor = list(changes.by_tensor())
-    patchable = target.by_patching([t for t, _ in by_tensor], [changes.word[rows] for _, rows in by_tensor])
-    if destination.out is None and patchable:
-        target.alter(changes, checksum)
+    """Alter words back, in place or in a new checkpoint; no record is written.
+
+    Args:
+        target: the checkpoint.
+        changes: what gives its words their value back.
+        recorded: the CRCs that the injection altered; None when it was of another checkpoint or format.
+        destination: where the restored checkpoint goes.
+        checksum: as recorded.
+        progress: told the bytes copied.
+    """
+    if destination.out is None:
+        with _alteration(target, changes, destination, checksum, progress, recorded):
+            pass
         return
-    if destination.out is None and destination.source.stat().st_nlink > 1:
-        raise CheckpointError(
-            f"{destination.source} has other names (hard links), which would keep the old data: this layout "
-            "is altered through a copy that takes the file's name. Write a new file with -o"
-        )
-    replaced = destination.overwrite or destination.out is None
-    # In place means the file that a symbolic link stands for, not the link.
-    result = destination.out or destination.source.resolve()
-    with files.new_file(result, overwrite=replaced, like=destination.source) as temporary:
-        files.copy(destination.source, temporary, progress)
-        target.alter(changes, checksum, temporary)
+    with container.copied(
+        target, destination.out, overwrite=destination.overwrite, progress=progress
+    ) as copies:
+        _write(target, target.prepare(changes, checksum, copies, recorded))
+
+
+@contextlib.contextmanager
+def _alteration(
+    target: Checkpoint,
+    changes: Changes,
+    destination: Destination,
+    checksum: str,
+    progress: Progress | None,
+    recorded: Sequence[ChecksumEntry] | None = None,
+) -> Iterator[Prepared]:
+    """What alters a checkpoint in place; it is done when the block ends well.
+
+    Words are patched where the layout allows it, else in a copy that takes the checkpoint's name.
+    """
+    by_tensor = list(changes.by_tensor())
+    if target.by_patching([t for t, _ in by_tensor], [changes.word[rows] for _, rows in by_tensor]):
+        prepared = target.prepare(changes, checksum, None, recorded)
+        yield prepared
+        _write(target, prepared)
+        return
+    for file in target.files:
+        if file.stat().st_nlink > 1:
+            raise CheckpointError(
+                f"{file} has other names (hard links), which would keep the old data: this layout "
+                "is altered through a copy that takes the file's name. Write a new file with -o"
+            )
+    with container.copied(target, target.path, overwrite=True, progress=progress) as copies:
+        prepared = target.prepare(changes, checksum, copies, recorded)
+        yield prepared
+        _write(target, prepared)
+
+
+def _write(target: Checkpoint, prepared: Prepared) -> None:
+    target.close()
+    patch.apply_patches(prepared.patches)
+    if prepared.finish is not None:
+        prepared.finish()

@@ -357,9 +357,9 @@ def test_no_temporary_file_is_left_after_success(file):
 NOT_CHECKPOINTS = {
     "text": (b"Hello, this is no checkpoint.\n" * 9, "looks like text"),
     "empty": (b"", "is empty"),
-    "zip": (b"PK\x03\x04" + bytes(200), "looks like a zip"),
-    "pickle": (b"\x80\x02}q\x00." + bytes(9), "Python pickle"),
-    "zeros": (bytes(600), "no known format"),
+    "zip": (b"PK\x03\x04" + bytes(200), "zip"),
+    "pickle": (b"\x80\x02}q\x00." + bytes(9), "pickle"),
+    "zeros": (bytes(600), "tell nothing"),
 }
 
 

@@ -5,24 +5,33 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from ckptflip.checkpoints.registry import is_checkpoint
 from ckptflip.errors import CheckpointError, UsageError
 
 _FIELD = re.compile(r"\{epoch(?::(0?\d*)d)?\}")
 _NUMBER = re.compile(r"(?:epoch|ep|e)?[_\-.=]?(\d+)$", re.IGNORECASE)
-_SUFFIXES = (".h5", ".hdf5", ".hdf", ".he5", ".keras")
+_SUFFIXES = frozenset(
+    (
+        *(".h5", ".hdf5", ".hdf", ".he5", ".keras", ".pt", ".pth", ".ckpt", ".bin", ".safetensors"),
+        *(".npz", ".npy", ".gguf", ".onnx", ".index"),
+    )
+)
+# Endings of several parts, the whole of which is no part of the name.
+_LONG_SUFFIXES = (".weights.h5", ".weights.json", ".safetensors.index.json", ".bin.index.json")
 
 
 def is_many(checkpoint: str | Path) -> bool:
-    """Whether a name stands for several checkpoints: a folder, or a pattern with ``{epoch}``."""
-    return _FIELD.search(str(checkpoint)) is not None or Path(checkpoint).is_dir()
+    """Whether a name stands for several checkpoints: a folder of them, or a pattern with ``{epoch}``."""
+    path = Path(checkpoint)
+    return _FIELD.search(str(checkpoint)) is not None or (path.is_dir() and not is_checkpoint(path))
 
 
 def pick(checkpoint: str | Path, epoch: int | None) -> Path:
     """The checkpoint of an epoch.
 
     Args:
-        checkpoint: a folder of checkpoints whose names end in their epoch (``epoch_005.h5``), or a pattern
-            such as ``runs/ckpt_{epoch:03d}.h5``.
+        checkpoint: a folder of checkpoints whose names end in their epoch (``epoch_005.h5``, ``step_5/``), or
+            a pattern such as ``runs/ckpt_{epoch:03d}.h5``.
         epoch: which one.
 
     Raises:
@@ -41,7 +50,7 @@ def pick(checkpoint: str | Path, epoch: int | None) -> Path:
         if epoch is None:
             raise UsageError(f"{text} is a pattern: say which epoch with --epoch N")
         path = Path(_FIELD.sub(lambda m: format(epoch, f"{m.group(1) or ''}d"), text))
-        if not path.exists():
+        if not path.exists() and not path.with_name(f"{path.name}.index").exists():
             raise CheckpointError(f"{path} does not exist")
         return path
     return _in_folder(Path(checkpoint), epoch)
@@ -50,13 +59,13 @@ def pick(checkpoint: str | Path, epoch: int | None) -> Path:
 def _in_folder(folder: Path, epoch: int | None) -> Path:
     by_epoch: dict[int, list[Path]] = {}
     for path in sorted(folder.iterdir()):
-        number = _NUMBER.search(path.stem)
-        if path.suffix in _SUFFIXES and number:
+        number = _NUMBER.search(_stem(path))
+        if number and (is_checkpoint(path) if path.is_dir() else path.suffix in _SUFFIXES | {".json"}):
             by_epoch.setdefault(int(number.group(1)), []).append(path)
     there = (
         f"there are epochs {_ranges(sorted(by_epoch))}"
         if by_epoch
-        else "no file in it is named after an epoch"
+        else "nothing in it is named after an epoch"
     )
     if epoch is None:
         raise UsageError(f"{folder} is a folder: say which checkpoint with --epoch N ({there})")
@@ -68,6 +77,14 @@ def _in_folder(folder: Path, epoch: int | None) -> Path:
             f"{folder} has several of epoch {epoch} ({', '.join(p.name for p in found)}); name one"
         )
     return found[0]
+
+
+def _stem(path: Path) -> str:
+    """The name without its ending, whose parts may be several."""
+    for suffix in _LONG_SUFFIXES:
+        if path.name.endswith(suffix):
+            return path.name.removesuffix(suffix)
+    return path.name if path.is_dir() else path.stem
 
 
 def _ranges(numbers: list[int]) -> str:

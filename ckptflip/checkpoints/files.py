@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 from pathlib import Path
 from typing import BinaryIO
@@ -71,27 +71,71 @@ def new_file(path: Path, *, overwrite: bool, like: Path | None = None) -> Iterat
         UsageError: `path` exists and may not be replaced, or is no plain file.
         CheckpointError: the folder is missing or cannot be written, or the disk is full.
     """
-    if path.is_symlink():
-        path = path.resolve()  # what the link stands for, not the link
-    check_new(path, overwrite=overwrite)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{next(_serial)}.tmp")
+    with new_files([path], overwrite=overwrite, like=None if like is None else [like]) as (temporary,):
+        yield temporary
+
+
+@contextlib.contextmanager
+def new_files(
+    paths: Sequence[Path], *, overwrite: bool, like: Sequence[Path] | None = None
+) -> Iterator[list[Path]]:
+    """The same for several files, which appear all or none. The first one appears last.
+
+    Args:
+        paths: the final names.
+        overwrite: whether existing files may be replaced.
+        like: for each, a file whose permissions it gets.
+
+    Raises:
+        UsageError, CheckpointError: as for `new_file`.
+    """
+    # What a link stands for, not the link.
+    paths = [p.resolve() if p.is_symlink() else p for p in paths]
+    for path in paths:
+        check_new(path, overwrite=overwrite)
+    made: list[Path] = []
+    try:
+        for path in paths:
+            made.append(_created(path))
+        yield list(made)
+        for i, temporary in enumerate(made):
+            temporary.chmod(0o666 & ~_umask() if like is None else like[i].stat().st_mode & 0o7777)
+        _publish_all(made, paths, overwrite=overwrite)
+    except OSError as why:
+        raise CheckpointError(
+            f"{paths[0]} cannot be written: {why.strerror or why}; nothing was left behind"
+        ) from None
+    finally:
+        for temporary in made:
+            temporary.unlink(missing_ok=True)
+
+
+def temporary_beside(path: Path) -> Path:
+    """A name for something temporary in the folder of `path`, that nothing has yet."""
+    return path.with_name(f".{path.name}.{os.getpid()}-{next(_serial)}.tmp")
+
+
+def _created(path: Path) -> Path:
+    temporary = temporary_beside(path)
     try:
         os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
     except OSError as why:
         raise CheckpointError(f"{path} cannot be written: {why.strerror} ({path.parent})") from None
+    return temporary
+
+
+def swap(temporary: Path, folder: Path) -> None:
+    """Put a folder in the place of another, which is deleted."""
+    aside = temporary_beside(folder)
+    folder.rename(aside)
     try:
-        yield temporary
-        if like is not None:
-            temporary.chmod(like.stat().st_mode & 0o7777)
-        else:
-            temporary.chmod(0o666 & ~_umask())
-        _publish(temporary, path, overwrite=overwrite)
-    except OSError as why:
-        raise CheckpointError(
-            f"{path} cannot be written: {why.strerror or why}; nothing was left behind"
-        ) from None
-    finally:
-        temporary.unlink(missing_ok=True)
+        temporary.rename(folder)
+    except OSError:
+        aside.rename(folder)
+        raise
+    import shutil
+
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def check_new(path: Path, *, overwrite: bool) -> None:
@@ -113,6 +157,40 @@ def open_plain(path: Path) -> BinaryIO:
     if path.exists() and not path.is_file():
         raise OSError(0, "not a plain file", str(path))
     return path.open("rb")
+
+
+def _publish_all(temporaries: Sequence[Path], paths: Sequence[Path], *, overwrite: bool) -> None:
+    """Give new files their names, the first one last; on an error those already given are taken back."""
+    if len(paths) == 1:
+        _publish(temporaries[0], paths[0], overwrite=overwrite)
+        return
+    done: list[tuple[Path, Path | None]] = []
+    try:
+        for temporary, path in reversed(list(zip(temporaries, paths, strict=True))):
+            if overwrite and path.exists():
+                done.append((path, _replace(temporary, path)))
+            else:
+                _publish(temporary, path, overwrite=overwrite)
+                done.append((path, None))
+    except BaseException:
+        for path, aside in reversed(done):
+            path.unlink() if aside is None else aside.replace(path)
+        raise
+    for _, aside in done:
+        if aside is not None:
+            aside.unlink()
+
+
+def _replace(temporary: Path, path: Path) -> Path:
+    """Give a new file the name of an old one, which is kept under the name that is returned."""
+    aside = temporary_beside(path)
+    path.rename(aside)
+    try:
+        temporary.replace(path)
+    except OSError:
+        aside.replace(path)
+        raise
+    return aside
 
 
 def _publish(temporary: Path, path: Path, *, overwrite: bool) -> None:

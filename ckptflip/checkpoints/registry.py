@@ -1,77 +1,275 @@
-"""Which format a file is in: by its first bytes, then by its suffix."""
+"""Which format a checkpoint is in: by its first bytes, then by its name."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
+from typing import Protocol, cast
+
+from msgspec import Struct
 
 from ckptflip.checkpoints.files import locked
 from ckptflip.checkpoints.target import Checkpoint
 from ckptflip.errors import CheckpointError
 
+ENTRY_POINTS = "ckptflip.formats"
 HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 # HDF5 may start after a user block of 512 bytes or a larger power of two.
 _SIGNATURE_SEARCH = 1 << 24
-_FORMATS = {"hdf5": "ckptflip.checkpoints.hdf5.target:HDF5Checkpoint"}
+_HEAD = 512
 _HDF5_SUFFIXES = frozenset((".h5", ".hdf5", ".hdf", ".he5"))
+_LEVELDB_MAGIC = 0xDB4775248B80FB57.to_bytes(8, "little")
+_MOST_LOCKS = 64
+
+# What opens each format: a function, or class, that takes the path.
+_OPENERS = {
+    "hdf5": "ckptflip.checkpoints.hdf5.target:HDF5Checkpoint",
+    "keras": "ckptflip.checkpoints.keras.archive:open_checkpoint",
+    "keras sharded": "ckptflip.checkpoints.keras.shards:open_checkpoint",
+    "pytorch": "ckptflip.checkpoints.torch_zip.archive:open_checkpoint",
+    "torch distributed": "ckptflip.checkpoints.torch_dcp:open_checkpoint",
+    "safetensors": "ckptflip.checkpoints.safetensors:open_checkpoint",
+    "sharded": "ckptflip.checkpoints.sharded:open_checkpoint",
+    "tensorbundle": "ckptflip.checkpoints.tensorbundle:open_checkpoint",
+    "npz": "ckptflip.checkpoints.npz:open_checkpoint",
+    "zarr": "ckptflip.checkpoints.zarr:open_checkpoint",
+    "orbax": "ckptflip.checkpoints.orbax:open_checkpoint",
+    "gguf": "ckptflip.checkpoints.gguf:open_checkpoint",
+    "onnx": "ckptflip.checkpoints.onnx:open_checkpoint",
+}
+# A folder is a checkpoint of the first format one of whose markers it holds.
+_FOLDERS = (
+    (".metadata", "torch distributed"),
+    ("saved_model.pb", "tensorbundle"),
+    ("_CHECKPOINT_METADATA", "orbax"),
+    ("manifest.ocdbt", "orbax"),
+    ("_METADATA", "orbax"),
+    ("zarr.json", "zarr"),
+    (".zgroup", "zarr"),
+    (".zarray", "zarr"),
+)
+_INDICES = (
+    (".weights.json", "keras sharded"),
+    (".safetensors.index.json", "sharded"),
+    (".bin.index.json", "sharded"),
+)
 
 
-def sniff(path: Path) -> str:
-    """The format of a file.
+class Format(Protocol):
+    """A format that another package brings, by an entry point of the group ``ckptflip.formats``."""
+
+    def recognises(self, path: Path, head: bytes) -> bool:
+        """Whether a checkpoint is in this format.
+
+        Args:
+            path: the file or folder.
+            head: its first 512 bytes; empty for a folder.
+        """
+        ...
+
+    def open_checkpoint(self, path: Path) -> Checkpoint:
+        """Open it.
+
+        Raises:
+            CheckpointError: it is damaged.
+        """
+        ...
+
+
+class Found(Struct, frozen=True, eq=False):
+    """A checkpoint's format.
+
+    Attributes:
+        name: of the format.
+        path: the checkpoint, as its opener wants it named.
+        main: the file to lock: the one that names the others.
+        opener: opens it.
+    """
+
+    name: str
+    path: Path
+    main: Path
+    opener: Callable[[Path], Checkpoint]
+
+
+def find(path: Path) -> Found:
+    """The format of a checkpoint.
 
     Raises:
-        CheckpointError: no format that can be altered; says what the file looks like.
+        CheckpointError: there is nothing, or nothing that can be altered; says what it looks like.
     """
+    if path.is_dir():
+        return _in_folder(path)
+    if not path.exists():
+        index = path.with_name(f"{path.name}.index")
+        if path.name and index.is_file():
+            return _built_in("tensorbundle", index)
+        raise CheckpointError(f"{path} does not exist")
+    if not path.is_file():
+        # Opening a pipe would wait for its other end.
+        raise CheckpointError(f"{path} is not a plain file")
+    try:
+        with path.open("rb") as file:
+            head = file.read(_HEAD)
+            name = _by_bytes(path, head, file.seek, file.read)
+    except PermissionError as why:
+        raise CheckpointError(f"{path} cannot be read: {why.strerror}") from None
+    if name is not None:
+        return _built_in(name, path)
+    other = _other(path, head)
+    if other is not None:
+        return other
+    raise CheckpointError(_unknown(path, head))
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder is one checkpoint, not a folder of several."""
+    return any((folder / marker).exists() for marker, _ in _FOLDERS)
+
+
+def format_names() -> tuple[str, ...]:
+    """The names of the formats of this package."""
+    return tuple(_OPENERS)
+
+
+def _built_in(name: str, path: Path, main: Path | None = None) -> Found:
+    module, _, function = _OPENERS[name].partition(":")
+    opener = cast("Callable[[Path], Checkpoint]", getattr(import_module(module), function))
+    return Found(name, path, main or path, opener)
+
+
+def _in_folder(folder: Path) -> Found:
+    for marker, name in _FOLDERS:
+        main = folder / marker
+        if not main.exists():
+            continue
+        if name == "tensorbundle":
+            main = folder / "variables" / "variables.index"
+            if not main.is_file():
+                raise CheckpointError(
+                    f"{folder} is a SavedModel without variables: nothing to alter"
+                )
+        return _built_in(name, folder, main)
+    other = _other(folder, b"")
+    if other is not None:
+        return other
+    raise CheckpointError(
+        f"{folder} is a folder, and no checkpoint itself: name a file in it, or with --epoch N one of its "
+        "checkpoints by epoch"
+    )
+
+
+def _by_bytes(
+    path: Path, head: bytes, seek: Callable[[int, int], int], read: Callable[[int], bytes]
+) -> str | None:
+    """The format that a file's bytes tell, or its name where bytes tell nothing."""
+    if head.startswith(HDF5_SIGNATURE):
+        return "hdf5"
+    if head.startswith(b"PK\x03\x04"):
+        return _zip(path)
+    if head.startswith(b"\x93NUMPY"):
+        return "npz"
+    if head.startswith((b"GGUF", b"FUGG")):
+        return "gguf"
+    if head[:1] == b"{":
+        return next((name for suffix, name in _INDICES if path.name.endswith(suffix)), None)
+    if len(head) > 8 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= path.stat().st_size - 8:
+        return "safetensors"
+    if _has_user_block(path, seek, read):
+        return "hdf5"
+    if path.suffix == ".index":
+        seek(-min(8, path.stat().st_size), 2)
+        if read(8) == _LEVELDB_MAGIC:
+            return "tensorbundle"
+    # A ModelProto begins with field 1, the version of its intermediate representation.
+    if path.suffix == ".onnx" and head[:1] == b"\x08":
+        return "onnx"
+    return None
+
+
+def _has_user_block(path: Path, seek: Callable[[int, int], int], read: Callable[[int], bytes]) -> bool:
+    at, size = 512, path.stat().st_size
+    while at < min(_SIGNATURE_SEARCH, size):
+        seek(at, 0)
+        if read(8) == HDF5_SIGNATURE:
+            return True
+        at *= 2
+    return False
+
+
+def _zip(path: Path) -> str | None:
+    """The format of a zip, by the names of its members."""
+    from ckptflip.checkpoints.zips import members
+
     with path.open("rb") as file:
-        head = file.read(512)
-        if head.startswith(HDF5_SIGNATURE):
-            return "hdf5"
-        at = 512
-        while at < min(_SIGNATURE_SEARCH, path.stat().st_size):
-            file.seek(at)
-            if file.read(8) == HDF5_SIGNATURE:
-                return "hdf5"
-            at *= 2
+        names = list(members(file.fileno(), path))
+    if "model.weights.h5" in names:
+        return "keras"
+    if any(m.endswith((".npy", ".npz")) for m in names):
+        return "npz"
+    if any(m == "data.pkl" or m.endswith("/data.pkl") for m in names):
+        return "pytorch"
+    return None
+
+
+def _other(path: Path, head: bytes) -> Found | None:
+    """A format that another package brings."""
+    from importlib.metadata import entry_points
+
+    for entry in entry_points(group=ENTRY_POINTS):
+        try:
+            brought = cast("Format", entry.load())
+        except ImportError as why:
+            raise CheckpointError(f"the format {entry.name!r} cannot be loaded: {why}") from None
+        if brought.recognises(path, head):
+            return Found(entry.name, path, path, brought.open_checkpoint)
+    return None
+
+
+def _unknown(path: Path, head: bytes) -> str:
+    """What to say of a file of no known format."""
     if not head:
-        raise CheckpointError(f"{path} is empty")
+        return f"{path} is empty"
     if path.suffix.lower() in _HDF5_SUFFIXES:
-        raise CheckpointError(
-            f"{path} is named like HDF5, but its signature is missing: damaged, or another format"
-        )
-    raise CheckpointError(f"{path} is not an HDF5 checkpoint ({_looks_like(head)})")
+        return f"{path} is named like HDF5, but its signature is missing: damaged, or another format"
+    if path.name == ".metadata" or path.suffix == ".distcp":
+        return f"{path} is part of a distributed checkpoint: name its folder, {path.parent}"
+    if ".data-" in path.name and "-of-" in path.name:
+        index = f"{path.name.partition('.data-')[0]}.index"
+        return f"{path} is part of a TensorFlow checkpoint: name its index, {path.with_name(index)}"
+    from ckptflip.checkpoints.torch_zip import legacy_reason
+
+    return legacy_reason(path, head) or f"{path} is no checkpoint of a known format ({_looks_like(head)})"
 
 
 def _looks_like(head: bytes) -> str:
-    if head.startswith(b"PK\x03\x04"):
-        return (
-            "it looks like a zip, as .pt, .keras and .npz files are; a PyTorch state can be saved anew with "
-            "ckptflip.torch_h5.save(torch.load(path, weights_only=True), 'new.h5')"
-        )
-    if head.startswith(b"\x80") and head[1:2] in b"\x02\x03\x04\x05":
-        return "it looks like a Python pickle"
+    if head.startswith(b"PK"):
+        return "it looks like a zip that no framework wrote"
     if b"\0" not in head:
         return "it looks like text"
-    return "its first bytes are of no known format"
+    return "its first bytes tell nothing"
 
 
 @contextlib.contextmanager
 def opened(path: str | Path, *, exclusive: bool = False) -> Iterator[Checkpoint]:
-    """An open checkpoint, under its lock.
+    """An open checkpoint, under its locks.
 
     Args:
-        path: the file.
+        path: the checkpoint as its framework names it: a file, a folder, a prefix, an index.
         exclusive: it will be altered in place.
 
     Raises:
         CheckpointError: missing, damaged, in use or of an unknown format.
     """
-    path = Path(path)
-    with locked(path, exclusive=exclusive):
-        module, _, name = _FORMATS[sniff(path)].partition(":")
-        checkpoint: Checkpoint = getattr(import_module(module), name)(path)
-        try:
-            yield checkpoint
-        finally:
-            checkpoint.close()
+    found = find(Path(path))
+    with contextlib.ExitStack() as held:
+        if found.main.is_file():
+            held.enter_context(locked(found.main, exclusive=exclusive))
+        checkpoint = found.opener(found.path)
+        held.callback(checkpoint.close)
+        for file in checkpoint.files[:_MOST_LOCKS]:
+            if file.resolve() != found.main.resolve():
+                held.enter_context(locked(file, exclusive=exclusive))
+        yield checkpoint

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,9 +10,10 @@ import numpy as np
 from msgspec import Struct
 from numpy.typing import NDArray
 
+from ckptflip.checkpoints.patch import Patch
 from ckptflip.faults.catalogue import Tensor
 from ckptflip.faults.plan import runs
-from ckptflip.faults.record import TensorEntry
+from ckptflip.faults.record import ChecksumEntry, TensorEntry
 
 CHECKSUM_MODES = ("repair", "leave")
 
@@ -60,18 +61,48 @@ class Changes(Struct, frozen=True, eq=False):
         return runs(self.tensor)
 
 
-class Checkpoint(Protocol):
-    """An open checkpoint. Reading never alters it; `alter` closes it first.
+class Prepared(Struct, frozen=True, eq=False):
+    """What an alteration will write, worked out before anything is written.
 
     Attributes:
-        path: the file.
+        patches: words to alter byte for byte: the data first, stored checksums after them.
+        checksums: the stored CRCs among them.
+        finish: alters what is stored coded, in the copies; None when patches are all.
+    """
+
+    patches: list[Patch]
+    checksums: tuple[ChecksumEntry, ...] = ()
+    finish: Callable[[], None] | None = None
+
+
+class NewFile(Struct, frozen=True):
+    """One file of a new checkpoint.
+
+    Attributes:
+        path: its name.
+        data: what it holds, where that is not what the source's file holds; None: a copy.
+    """
+
+    path: Path
+    data: bytes | None = None
+
+
+class Checkpoint(Protocol):
+    """An open checkpoint. Nothing here alters a file, but what `prepare` gives back.
+
+    Attributes:
+        path: the checkpoint as its framework names it: a file, a folder, a prefix.
         format: the format's short name.
-        tensors: the catalogue, in the order of the file's names.
+        files: every file that holds its index or its data, the one that names the others first.
+        folder: the folder that is the checkpoint, with all that lies in it; None: its files alone are.
+        tensors: the catalogue, in the order of the checkpoint's names.
         skipped: what the catalogue leaves out.
     """
 
     path: Path
     format: str
+    files: Sequence[Path]
+    folder: Path | None
     tensors: Sequence[Tensor]
     skipped: Sequence[Skipped]
 
@@ -84,7 +115,7 @@ class Checkpoint(Protocol):
         ...
 
     def by_patching(self, tensors: Sequence[int], words: Sequence[NDArray[np.int64]] | None = None) -> bool:
-        """Whether words of these tensors can be altered byte for byte, without rewriting the file.
+        """Whether words of these tensors can be altered byte for byte, without rewriting a file.
 
         Args:
             tensors: positions in the catalogue.
@@ -92,16 +123,38 @@ class Checkpoint(Protocol):
         """
         ...
 
-    def alter(self, changes: Changes, checksum: str, path: Path | None = None) -> None:
-        """Alter the words, in this file or in `path`, a copy of it. Closes the checkpoint.
+    def prepare(
+        self,
+        changes: Changes,
+        checksum: str,
+        paths: Sequence[Path] | None = None,
+        recorded: Sequence[ChecksumEntry] | None = None,
+    ) -> Prepared:
+        """Work out how to alter words. The checkpoint is closed before anything is written.
 
         Args:
             changes: what to alter.
             checksum: ``repair`` or ``leave``.
-            path: the copy; it may be rewritten. None: this very file, by patching alone.
+            paths: copies of `files`, in that order, which may be rewritten. None: these very files, by
+                patching alone.
+            recorded: to undo: the CRCs that the injection altered.
+
+        Raises:
+            CheckpointError: it cannot be done.
+        """
+        ...
+
+    def renamed(self, out: Path) -> Sequence[NewFile]:
+        """The files of a checkpoint of this kind under another name, in the order of `files`.
+
+        Args:
+            out: the new name, of the same kind as `path`.
+
+        Raises:
+            UsageError: it cannot have this name.
         """
         ...
 
     def close(self) -> None:
-        """Release the file."""
+        """Release the files; closing twice is allowed."""
         ...

@@ -82,6 +82,11 @@ selection_options = _grouped(
     click.option("--rows", metavar="SPEC", help="Rows of the first axis, such as 0-99,200 or 0:1000:10."),
     click.option("--slice", metavar="SPEC", help="A slice per axis, such as 0:16,:,3; instead of --rows."),
     click.option(
+        "--ranks",
+        metavar="SPEC",
+        help="Parts that these ranks wrote (distributed checkpoints): 0,2-3, or '2 of 8' drawn at random.",
+    ),
+    click.option(
         "--bits",
         default="all",
         show_default=True,

@@ -20,6 +20,20 @@ ROLE_GROUPS = {
 }
 
 
+class Shard(Struct, frozen=True):
+    """The part of a tensor that one rank of a distributed run wrote.
+
+    Attributes:
+        rank: its number.
+        start: where the part begins along each axis.
+        shape: its elements along each axis.
+    """
+
+    rank: int
+    start: tuple[int, ...]
+    shape: tuple[int, ...]
+
+
 class Tensor(Struct, frozen=True):
     """One storage of numbers in a target, under its first name.
 
@@ -33,6 +47,7 @@ class Tensor(Struct, frozen=True):
         aliases: the other names of the same storage.
         layout: how the target keeps it, such as ``contiguous`` or ``chunked, gzip``.
         offset: where its first byte lies in the file, or None where that has no single answer.
+        shards: which rank wrote which part, disjoint; empty where the target does not tell.
     """
 
     name: str
@@ -44,6 +59,7 @@ class Tensor(Struct, frozen=True):
     aliases: tuple[str, ...] = ()
     layout: str = "contiguous"
     offset: int | None = None
+    shards: tuple[Shard, ...] = ()
 
     @property
     def size(self) -> int:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ckptflip.bits import BitSpec, NumberFormat, classify
 from ckptflip.errors import GuardError, SelectionError
-from ckptflip.faults import elements, models, sampling
+from ckptflip.faults import elements, models, ranks, sampling
 from ckptflip.faults.catalogue import Tensor, select
 from ckptflip.faults.plan import Plan, ReadWords, empty
 from ckptflip.faults.policy import Policy
@@ -27,7 +27,7 @@ BYTES_PER_FAULT = 100
 
 
 class _Stratum(Struct, frozen=True, eq=False):
-    """The units of one tensor: eligible elements × placements, numbered from `start`."""
+    """The units of one tensor, or of a part of one: eligible elements × placements, numbered from `start`."""
 
     tensor: int
     number: NumberFormat
@@ -61,17 +61,26 @@ class Population:
         tensors: the catalogue.
         read: hands out the target's words.
         position: of this policy among those combined; part of the random key.
+        seed: chooses among ranks, where the policy leaves that to chance.
 
     Raises:
         SelectionError: there is nothing to hit.
     """
 
-    def __init__(self, policy: Policy, tensors: Sequence[Tensor], read: ReadWords, position: int = 0) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        tensors: Sequence[Tensor],
+        read: ReadWords,
+        position: int = 0,
+        seed: int = 0,
+    ) -> None:
         self.policy = policy
         self.model = models.parse(policy.fault)
         self._read = read
         self._position = position
         chosen = select(tensors, names=policy.tensors, layers=policy.layers, roles=policy.roles)
+        self._ranks = None if policy.ranks is None else ranks.chosen(policy.ranks, tensors, seed, position)
         groups = _groups(chosen, tensors, policy.design)
         self._strata: list[_Stratum] = []
         self._ends: list[int] = []
@@ -93,12 +102,13 @@ class Population:
         eligible = BitSpec(self.policy.bits).mask(tensor.number)
         placements = self.model.placements(tensor.number, eligible)
         chosen = elements.choose(tensor.shape, self.policy.rows, self.policy.slice)
-        if placements and chosen.size:
-            parts = np.array([part for part, _ in placements], np.int64)
-            masks = np.array([mask for _, mask in placements], np.uint64)
-            stratum = _Stratum(position, tensor.number, chosen, parts, masks, self.units)
-            self._strata.append(stratum)
-            self.units += stratum.units
+        parts = np.array([part for part, _ in placements], np.int64)
+        masks = np.array([mask for _, mask in placements], np.uint64)
+        for each in [chosen] if self._ranks is None else ranks.within(chosen, tensor, self._ranks):
+            if placements and each.size:
+                stratum = _Stratum(position, tensor.number, each, parts, masks, self.units)
+                self._strata.append(stratum)
+                self.units += stratum.units
 
     def draw(self, seed: int) -> Plan:
         """The faults of this policy for a seed.
@@ -241,6 +251,12 @@ class Population:
             np.concatenate([p.after for p in parts]),
             policies,
         )
+        if self._ranks is not None:
+            # Parts of one tensor may lie side by side, so that their words alternate.
+            order = np.lexsort((plan.word, plan.tensor))
+            back = np.empty_like(order)
+            back[order] = np.arange(order.size)
+            plan, owner = plan.take(order), back[owner]
         return plan, owner
 
     def _forbidden(self, plan: Plan, guards: dict[str, float]) -> NDArray[np.bool_]:
@@ -341,6 +357,8 @@ def _nothing_eligible(policy: Policy, chosen: Sequence[Tensor]) -> str:
             f"no selected tensor has bits {policy.bits!r} with room for {policy.fault!r}; "
             f"their dtypes: {', '.join(kinds)}"
         )
+    if policy.rows is None and policy.slice is None:
+        return f"ranks {policy.ranks!r} wrote nothing of the selected tensors"
     where = f"rows {policy.rows!r}" if policy.rows is not None else f"slice {policy.slice!r}"
     shapes = ", ".join(f"{t.name} {t.shape}" for t in chosen[:3])
     return f"{where} lies outside every selected tensor ({shapes}{' …' if len(chosen) > 3 else ''})"

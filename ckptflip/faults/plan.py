@@ -114,7 +114,7 @@ def draw(policies: Policy | Sequence[Policy], tensors: Sequence[Tensor], read: R
     plan = empty()
     for position, policy in enumerate(combine(policies)):
         reader = _overlaid(read, plan, base)
-        drawn = Population(policy, tensors, reader, position).draw(seed)
+        drawn = Population(policy, tensors, reader, position, seed).draw(seed)
         plan = _merged(plan, drawn, base) if len(plan) else drawn
     return plan
 

@@ -12,7 +12,7 @@ import numpy as np
 from ckptflip.bits import BitSpec
 from ckptflip.bits.values import EXTREME
 from ckptflip.errors import UsageError
-from ckptflip.faults import elements, models
+from ckptflip.faults import elements, models, ranks
 from ckptflip.faults.catalogue import expand_roles
 from ckptflip.faults.stream import check_seed
 
@@ -32,6 +32,7 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         roles: roles or role groups.
         rows: rows of each tensor's first axis, such as ``"0-99,200"``.
         slice: one slice per axis, such as ``"0:16,:,3"``; instead of `rows`.
+        ranks: parts that these ranks of a distributed run wrote: ``"0,2-3"``, or ``"2 of 8"``, drawn.
         bits: which bits of an element, see `ckptflip.bits.BitSpec`.
         count: this many faults, distinct.
         fraction: this share of all eligible units, distinct (rounded to the nearest whole number).
@@ -54,6 +55,7 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     roles: tuple[str, ...] = ()
     rows: str | None = None
     slice: str | None = None
+    ranks: str | None = None
     bits: str = "all"
     count: int | None = None
     fraction: float | None = None
@@ -67,6 +69,7 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         model = models.parse(self.fault)
         BitSpec(self.bits)
         elements.check(self.rows, self.slice)
+        ranks.check(self.ranks)
         expand_roles(self.roles)
         self.guards()
         given = [n for n in ("count", "fraction", "ber") if getattr(self, n) is not None]
@@ -111,7 +114,7 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     @property
     def selection(self) -> str:
         """Which tensors and elements, in words."""
-        names = ("tensors", "layers", "roles", "rows", "slice")
+        names = ("tensors", "layers", "roles", "rows", "slice", "ranks")
         given = {name: getattr(self, name) for name in names if getattr(self, name)}
         said = [f"{k} {v if isinstance(v, str) else ', '.join(v)}" for k, v in given.items()]
         return " and ".join(said) or "all tensors"

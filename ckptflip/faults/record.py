@@ -46,6 +46,22 @@ class Counts(msgspec.Struct, frozen=True, kw_only=True):
     tensors: int
 
 
+class ChecksumEntry(msgspec.Struct, frozen=True):
+    """A stored CRC that was altered with the words it covers.
+
+    Attributes:
+        file: position among the checkpoint's files.
+        offset: its first byte; it has four, little-endian.
+        before: its value before.
+        after: its value after.
+    """
+
+    file: int
+    offset: int
+    before: int
+    after: int
+
+
 class Header(msgspec.Struct, frozen=True, kw_only=True):
     """The first line of a record.
 
@@ -53,18 +69,19 @@ class Header(msgspec.Struct, frozen=True, kw_only=True):
         ckptflip: version of this package.
         schema: version of the record's form.
         created: UTC, ISO 8601.
-        checkpoint: name of the file that was read.
-        output: name of the file that was written; the same when it was altered in place.
+        checkpoint: name of the checkpoint that was read.
+        output: name of the one that was written; the same when it was altered in place.
         format: the checkpoint's format.
         checksum: ``repair`` or ``leave``.
         seed: of the draw; None for a replay.
         policies: what was drawn; empty for a replay.
         replay_of: the record that was replayed, or None.
-        size: bytes of the file that was read.
-        digest_before: of the file that was read, or None when it was too large to digest in passing.
-        digest_after: of the file that was written, or None likewise and when altered in place.
+        size: bytes of all files that were read.
+        digest_before: of what was read, or None when it was too large to digest in passing.
+        digest_after: of what was written, or None likewise and when altered in place.
         counts: how much was hit.
         tensors: those that were hit; faults refer to them by name.
+        checksums: stored CRCs that were repaired; `undo` gives them their value back.
         versions: of Python and the libraries that took part.
     """
 
@@ -80,6 +97,7 @@ class Header(msgspec.Struct, frozen=True, kw_only=True):
     size: int
     counts: Counts
     tensors: tuple[TensorEntry, ...]
+    checksums: tuple[ChecksumEntry, ...] = ()
     versions: dict[str, str] = {}
     replay_of: str | None = None
     digest_before: str | None = None

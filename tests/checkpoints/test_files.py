@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from ckptflip.checkpoints import files, patch
 from ckptflip.checkpoints.epochs import is_many, pick
-from ckptflip.checkpoints.registry import HDF5_SIGNATURE, sniff
+from ckptflip.checkpoints.registry import HDF5_SIGNATURE, find
 from ckptflip.errors import CheckpointError, InUseError, UsageError
 
 
@@ -97,10 +97,10 @@ def test_digests_of_large_files_are_left_out(path):
 def test_hdf5_is_found_behind_a_user_block(tmp_path, at):
     path = tmp_path / "named.pt"
     path.write_bytes(b"#" * at + HDF5_SIGNATURE + bytes(100))
-    assert sniff(path) == "hdf5"
+    assert find(path).name == "hdf5"
     path.write_bytes(b"#" * (at + 1) + HDF5_SIGNATURE + bytes(100))
     with pytest.raises(CheckpointError):
-        sniff(path)
+        find(path)
 
 
 class TestEpochs:
@@ -150,7 +150,7 @@ class TestEpochs:
             pick(folder, 2)
 
     def test_a_folder_without_any(self, tmp_path):
-        with pytest.raises(CheckpointError, match="no file in it is named after an epoch"):
+        with pytest.raises(CheckpointError, match="nothing in it is named after an epoch"):
             pick(tmp_path, 1)
 
     def test_a_pattern_without_an_epoch_and_with_a_missing_one(self, tmp_path):

@@ -4,6 +4,7 @@ Files are read with h5py and as plain bytes, not with ckptflip's own reader.
 """
 
 import hashlib
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -377,7 +378,10 @@ def test_a_filter_that_cannot_keep_an_altered_word_is_found_out(tmp_path):
                     tmp_path / "a.h5", out=out, tensors=name, bits=str(bit), count=2, seed=1
                 )
             except CheckpointError as why:
-                assert "cannot store the altered words exactly" in str(why)
+                # HDF5 1.14 cannot even read what it wrote of the whole range.
+                assert re.search(
+                    "cannot store the altered words exactly|y: a chunk cannot be decoded", str(why)
+                )
                 assert not out.exists()
                 continue
             with h5py.File(tmp_path / "a.h5") as a, h5py.File(out) as b:

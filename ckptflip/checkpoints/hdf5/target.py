@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,10 @@ from ckptflip.checkpoints.hdf5.places import (
 from ckptflip.checkpoints.hdf5.rewrite import rewrite
 from ckptflip.checkpoints.hdf5.types import Field
 from ckptflip.checkpoints.hdf5.walker import Dataset, walk
-from ckptflip.checkpoints.target import Changes, Skipped
+from ckptflip.checkpoints.target import Changes, NewFile, Prepared, Skipped
 from ckptflip.errors import CheckpointError
 from ckptflip.faults.catalogue import Tensor
+from ckptflip.faults.record import ChecksumEntry
 
 _BLOCK_BYTES = 1 << 24
 
@@ -49,6 +50,8 @@ class HDF5Checkpoint:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.files: Sequence[Path] = [path]
+        self.folder: Path | None = None
         try:
             self._file = _open(path)
         except OSError as why:
@@ -190,28 +193,35 @@ class HDF5Checkpoint:
         records, _ = split(words, self._fields[tensor])
         return all(p.offset is not None and not p.filter_mask for p in self._chunks_of(place).locate(records))
 
-    def alter(self, changes: Changes, checksum: str, path: Path | None = None) -> None:
-        """Alter words, in this file by patching, or in a copy of it by whatever its layout needs.
+    def prepare(
+        self,
+        changes: Changes,
+        checksum: str,
+        paths: Sequence[Path] | None = None,
+        recorded: Sequence[ChecksumEntry] | None = None,
+    ) -> Prepared:
+        """Work out how to alter words: by patching, or in a copy by whatever the layout needs.
 
         Args:
             changes: masks by tensor and word.
             checksum: ``repair``: Fletcher-32 checksums are made right again where they were right before;
                 ``leave``: they stay as they are.
-            path: the copy. None: this very file.
+            paths: the copy, alone in a list. None: this very file.
+            recorded: not needed: chunks are small enough to be summed again.
 
         Raises:
-            CheckpointError: the change cannot be made; this file is as it was before.
+            CheckpointError: the change cannot be made.
         """
         patches: list[patch.Patch] = []
         touched: dict[bytes, list[TouchedWords]] = {}
         rest: dict[int, slice] = {}
-        target = path or self.path
+        target = self.path if paths is None else paths[0]
         for tensor, rows in changes.by_tensor():
             words = changes.word[rows]
             if not self._patchable(tensor, words) or (
-                path is not None and self._datasets[tensor].kind == "external"
+                paths is not None and self._datasets[tensor].kind == "external"
             ):
-                if path is None:
+                if paths is None:
                     raise CheckpointError(
                         f"{self.tensors[tensor].name} cannot be altered in place; write a new file with -o"
                     )
@@ -228,12 +238,22 @@ class HDF5Checkpoint:
             for key, several in touched.items()
             for p in checksum_patches(self._chunks[key], several, self._descriptor, target)
         ]
-        gathered = {t: self._gather(t) for t in rest if self._is_gathered(t)}
-        self.close()
         # Checksums last: until then the old ones prove, after a kill, which words are still to be undone.
-        patch.apply_patches([*patches, *checksums])
-        if rest:
-            rewrite(target, changes, rest, self.tensors, self._datasets, self._fields, checksum, gathered)
+        return Prepared([*patches, *checksums], (), self._finish(target, changes, rest, checksum))
+
+    def _finish(
+        self, target: Path, changes: Changes, rest: dict[int, slice], checksum: str
+    ) -> Callable[[], None] | None:
+        """What the library has to rewrite in the copy."""
+        if not rest:
+            return None
+        gathered = {t: self._gather(t) for t in rest if self._is_gathered(t)}
+        tensors, datasets, fields = self.tensors, self._datasets, self._fields
+        return lambda: rewrite(target, changes, rest, tensors, datasets, fields, checksum, gathered)
+
+    def renamed(self, out: Path) -> Sequence[NewFile]:
+        """One file, under any name."""
+        return [NewFile(out)]
 
     def _is_gathered(self, tensor: int) -> bool:
         """Whether a copy must hold the data itself, because the original lies in other files."""

@@ -1,0 +1,177 @@
+"""The files that make up a checkpoint: copying them under another name, all of them or none."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from ckptflip.checkpoints import files
+from ckptflip.checkpoints.files import DIGEST_LIMIT, Progress
+from ckptflip.checkpoints.target import Checkpoint
+from ckptflip.errors import CheckpointError, UsageError
+
+# Endings of several parts, which a loader wants to see whole.
+_LONG_SUFFIXES = (
+    ".weights.h5",
+    ".weights.json",
+    ".safetensors.index.json",
+    ".bin.index.json",
+    ".index",
+)
+
+
+def flipped_name(path: Path) -> Path:
+    """Where an altered checkpoint goes unless told otherwise.
+
+    Example:
+        >>> str(flipped_name(Path("runs/model.weights.h5"))), str(flipped_name(Path("ckpt.pt")))
+        ('runs/model.flipped.weights.h5', 'ckpt.flipped.pt')
+    """
+    if path.is_dir():
+        return path.with_name(f"{path.name}.flipped")
+    for suffix in _LONG_SUFFIXES:
+        if path.name.endswith(suffix) and path.name != suffix:
+            return path.with_name(f"{path.name.removesuffix(suffix)}.flipped{suffix}")
+    if not path.exists():  # a prefix that stands for several files
+        return path.with_name(f"{path.name}.flipped")
+    return path.with_name(f"{path.stem}.flipped{path.suffix}")
+
+
+def size(paths: Sequence[Path]) -> int:
+    """Bytes of several files together."""
+    return sum(p.stat().st_size for p in paths)
+
+
+def digest(paths: Sequence[Path], *, limit: int | None = DIGEST_LIMIT) -> str | None:
+    """SHA-256 of a file, or of the digests of several in their order; None above `limit` bytes in all."""
+    if len(paths) == 1:
+        return files.digest(paths[0], limit=limit)
+    if limit is not None and size(paths) > limit:
+        return None
+    import hashlib
+
+    whole = hashlib.sha256()
+    for path in paths:
+        whole.update(f"{files.digest(path, limit=None)}\n".encode())
+    return f"sha256:{whole.hexdigest()}"
+
+
+def names(source: Checkpoint, out: Path) -> list[Path]:
+    """What the files of a checkpoint are called under another name, in the order of its files."""
+    if source.folder is not None:
+        return [out / f.relative_to(source.folder) for f in source.files]
+    return [new.path for new in source.renamed(out)]
+
+
+def check_new(out: Path, *, overwrite: bool, folder: bool) -> None:
+    """Raise UsageError unless a checkpoint may be written under this name.
+
+    Args:
+        out: the name.
+        overwrite: whether what is there may be replaced.
+        folder: whether the checkpoint is a folder.
+    """
+    if not folder:
+        files.check_new(out, overwrite=overwrite)
+    elif not out.name:
+        raise UsageError(f"{str(out)!r} names no folder; name the new checkpoint's folder with -o")
+    elif out.exists() and not out.is_dir():
+        raise UsageError(f"{out} is a file, and the checkpoint a folder; name another with -o")
+    elif out.exists() and not overwrite:
+        raise UsageError(f"{out} exists; name another with -o, or replace it with --overwrite")
+
+
+@contextlib.contextmanager
+def copied(
+    source: Checkpoint, out: Path, *, overwrite: bool, progress: Progress | None = None
+) -> Iterator[list[Path]]:
+    """Copies of a checkpoint's files, which take their names when the block ends well, and else vanish.
+
+    Args:
+        source: an open checkpoint.
+        out: the new name, of the same kind as the source's; the source's own to replace it.
+        overwrite: whether existing files may be replaced.
+        progress: told the bytes copied.
+
+    Yields:
+        The copies, under temporary names, in the order of the source's files.
+
+    Raises:
+        UsageError: files are in the way, or the name is of another kind.
+        CheckpointError: something cannot be read or written; no new file is left.
+    """
+    if source.folder is not None:
+        with _new_folder(out, source.folder, overwrite=overwrite, progress=progress) as temporary:
+            yield [temporary / f.relative_to(source.folder) for f in source.files]
+        return
+    wanted = source.renamed(out)
+    _check_apart(source, [w.path for w in wanted], same=out == source.path)
+    originals = list(source.files)
+    with files.new_files([w.path for w in wanted], overwrite=overwrite, like=originals) as temporaries:
+        for new, original, temporary in zip(wanted, originals, temporaries, strict=True):
+            if new.data is None:
+                files.copy(original, temporary, progress)
+            else:
+                temporary.write_bytes(new.data)
+        yield temporaries
+
+
+def _check_apart(source: Checkpoint, wanted: Sequence[Path], *, same: bool) -> None:
+    """Refuse names that would replace files of the source, or each other."""
+    resolved = [w.resolve() for w in wanted]
+    if len(set(resolved)) < len(resolved):
+        raise UsageError(f"{wanted[0]} would give two files one name; name another with -o")
+    if same:
+        return
+    own = {f.resolve() for f in source.files}
+    for path in wanted:
+        if path.resolve() in own:
+            raise UsageError(
+                f"{path} belongs to {source.path} itself; name another folder, or another name"
+            )
+
+
+@contextlib.contextmanager
+def _new_folder(out: Path, source: Path, *, overwrite: bool, progress: Progress | None) -> Iterator[Path]:
+    check_new(out, overwrite=overwrite, folder=True)
+    temporary = files.temporary_beside(out)
+    try:
+        _copy_folder(source, temporary, progress)
+        yield temporary
+        if not out.exists():
+            temporary.rename(out)
+        elif overwrite:
+            files.swap(temporary, out)
+        else:
+            raise UsageError(f"{out} was created by another process meanwhile; name another with -o")
+    except OSError as why:
+        raise CheckpointError(
+            f"{out} cannot be written: {why.strerror or why}; nothing was left behind"
+        ) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _copy_folder(source: Path, target: Path, progress: Progress | None) -> None:
+    """Copy a folder: files by content, links only where they stay inside it."""
+    root = source.resolve()
+    for folder, below, names in os.walk(source):
+        here = target / Path(folder).relative_to(source)
+        here.mkdir()
+        for name in [*names, *(b for b in below if (Path(folder) / b).is_symlink())]:
+            each = Path(folder) / name
+            if each.is_symlink() and not each.resolve().is_relative_to(root):
+                raise CheckpointError(
+                    f"{each} is a link out of the checkpoint's folder; put the file itself in its place"
+                )
+            if each.is_symlink():
+                (here / name).symlink_to(each.readlink())
+            elif each.is_file():
+                files.copy(each, here / name, progress)
+                (here / name).chmod(each.stat().st_mode & 0o7777)
+            else:
+                raise CheckpointError(f"{each} is neither a file nor a folder: it cannot be copied")
+        here.chmod(Path(folder).stat().st_mode & 0o7777 | 0o700)
