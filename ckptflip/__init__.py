@@ -14,18 +14,31 @@ _HOMES = {
     "inject": "ckptflip.alter",
     "replay": "ckptflip.alter",
     "undo": "ckptflip.alter",
+    "convert": "ckptflip.conversion",
     "diff": "ckptflip.compare",
     "scan": "ckptflip.compare",
     "Policy": "ckptflip.faults",
     "opened": "ckptflip.checkpoints",
     "CkptflipError": "ckptflip.errors",
 }
-__all__ = ["CkptflipError", "Policy", "__version__", "diff", "inject", "opened", "replay", "scan", "undo"]
+__all__ = [
+    "CkptflipError",
+    "Policy",
+    "__version__",
+    "convert",
+    "diff",
+    "inject",
+    "opened",
+    "replay",
+    "scan",
+    "undo",
+]
 
 if TYPE_CHECKING:
     from ckptflip.alter import inject, replay, undo
     from ckptflip.checkpoints import opened
     from ckptflip.compare import diff, scan
+    from ckptflip.conversion import convert
     from ckptflip.errors import CkptflipError
     from ckptflip.faults import Policy
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,8 @@ from ckptflip.bits import popcount
 from ckptflip.checkpoints import Checkpoint
 from ckptflip.errors import InUseError
 from ckptflip.faults.record import Record
+from ckptflip.loaders.asking import changed, planned
+from ckptflip.loaders.probes import Words
 
 SEED = 3
 COUNT = 7
@@ -64,7 +65,7 @@ class CheckpointContract:
         """
         raise NotImplementedError
 
-    def load(self, path: Path) -> Mapping[str, NDArray[Any]]:
+    def load(self, path: Path) -> Words:
         """The words of its tensors as the library reads them.
 
         Returns:
@@ -260,21 +261,6 @@ def _contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def _assert_planned(
-    record: Record | None, before: Mapping[str, NDArray[Any]], after: Mapping[str, NDArray[Any]]
-) -> None:
+def _assert_planned(record: Record | None, before: Words, after: Words) -> None:
     """Two loaded checkpoints differ by the record's faults and by nothing else; None: not at all."""
-    planned: dict[tuple[str, int], int] = {}
-    if record is not None:
-        masks = (record.plan.before ^ record.plan.after).tolist()
-        for tensor, rows in record.plan.by_tensor():
-            name = record.header.tensors[tensor].name
-            planned |= {
-                (name, w): m for w, m in zip(record.plan.word[rows].tolist(), masks[rows], strict=True) if m
-            }
-    found: dict[tuple[str, int], int] = {}
-    assert set(before) == set(after)
-    for name, words in before.items():
-        change = words.reshape(-1) ^ after[name].reshape(-1)
-        found |= {(name, int(w)): int(change[w]) for w in np.flatnonzero(change)}
-    assert found == planned
+    assert changed(before, after) == ({} if record is None else planned(record))

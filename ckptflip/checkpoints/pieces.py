@@ -116,7 +116,7 @@ def located(layout: Layout, words: Positions) -> Iterator[tuple[Piece, NDArray[n
     Yields:
         The piece; which of the words it holds; the place of each in bits, counted from the file's first byte.
     """
-    if len(layout.pieces) == 1 and not any(layout.pieces[0].start):
+    if len(layout.pieces) == 1 and layout.pieces[0].shape == layout.dims:
         piece = layout.pieces[0]
         if piece.strides == strides_of(layout.dims, layout.width):
             yield piece, slice(None), piece.offset * 8 + words * layout.width
@@ -134,7 +134,7 @@ def is_plain(layout: Layout) -> bool:
     if len(layout.pieces) != 1 or layout.bits:
         return False
     piece = layout.pieces[0]
-    return not any(piece.start) and piece.strides == strides_of(layout.dims, layout.width)
+    return piece.shape == layout.dims and piece.strides == strides_of(layout.dims, layout.width)
 
 
 def _addresses(piece: Piece, inside: Any) -> Positions:

@@ -21,6 +21,8 @@ COMMANDS = (
     "replay",
     "diff",
     "scan",
+    "convert",
+    "loaders",
     "train",
     "resume",
     "plot",

@@ -70,7 +70,7 @@ format_option = click.option(
     help="Form of the listing.",
 )
 
-selection_options = _grouped(
+tensor_options = _grouped(
     tensors_option,
     _several("-l", "--layers", metavar="GLOB,…", help_text="Layers by name; !GLOB excludes."),
     _several(
@@ -79,6 +79,10 @@ selection_options = _grouped(
         help_text="weight, bias, norm, statistic, embedding, optimizer, counter, rng, other; "
         "model stands for the first five, state for optimizer, counter and rng.",
     ),
+)
+
+selection_options = _grouped(
+    tensor_options,
     click.option("--rows", metavar="SPEC", help="Rows of the first axis, such as 0-99,200 or 0:1000:10."),
     click.option("--slice", metavar="SPEC", help="A slice per axis, such as 0:16,:,3; instead of --rows."),
     click.option(

@@ -253,10 +253,10 @@ class Population:
         )
         if self._ranks is not None:
             # Parts of one tensor may lie side by side, so that their words alternate.
-            order = np.lexsort((plan.word, plan.tensor))
-            back = np.empty_like(order)
-            back[order] = np.arange(order.size)
-            plan, owner = plan.take(order), back[owner]
+            ascending = np.lexsort((plan.word, plan.tensor))
+            back = np.empty_like(ascending)
+            back[ascending] = np.arange(ascending.size)
+            plan, owner = plan.take(ascending), back[owner]
         return plan, owner
 
     def _forbidden(self, plan: Plan, guards: dict[str, float]) -> NDArray[np.bool_]:

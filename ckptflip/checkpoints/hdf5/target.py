@@ -28,6 +28,8 @@ from ckptflip.checkpoints.hdf5.places import (
 from ckptflip.checkpoints.hdf5.rewrite import rewrite
 from ckptflip.checkpoints.hdf5.types import Field
 from ckptflip.checkpoints.hdf5.walker import Dataset, walk
+from ckptflip.checkpoints.hdf5.window import Window
+from ckptflip.checkpoints.keras.marks import Marks
 from ckptflip.checkpoints.target import Changes, NewFile, Prepared, Skipped
 from ckptflip.errors import CheckpointError
 from ckptflip.faults.catalogue import Tensor
@@ -35,12 +37,17 @@ from ckptflip.faults.record import ChecksumEntry
 
 _BLOCK_BYTES = 1 << 24
 
+Naming = Callable[[Sequence[Tensor], Marks], Sequence[Tensor]]
+
 
 class HDF5Checkpoint:
     """Any HDF5 file, whoever wrote it. See `ckptflip.checkpoints.target.Checkpoint`.
 
     Args:
         path: the file. The caller holds its lock (`ckptflip.checkpoints.files.locked`).
+        member: where in `path` the HDF5 file lies, if it is not all of it; made from a descriptor that stays
+            open until `close`.
+        naming: gives the catalogue the names that users see; by default those of Keras to Keras' files.
 
     Raises:
         CheckpointError: not HDF5, truncated or damaged.
@@ -48,26 +55,29 @@ class HDF5Checkpoint:
 
     format = "hdf5"
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, member: Window | None = None, naming: Naming | None = None) -> None:
         self.path = path
         self.files: Sequence[Path] = [path]
         self.folder: Path | None = None
         try:
-            self._file = _open(path)
+            self._file = _open(path, member)
         except OSError as why:
             raise CheckpointError(_why_unreadable(path, why)) from None
         try:
-            size = path.stat().st_size
+            self._size = path.stat().st_size if member is None else member.length
             self._user_block = self._file.userblock_size
-            found = walk(self._file.id, size, self._user_block)
+            found = walk(self._file.id, self._size, self._user_block, member)
         except (OSError, RuntimeError, KeyError, ValueError) as why:
             self._file.close()
             # A KeyError shows its text in quotes.
             raise CheckpointError(f"{path} is damaged HDF5: {why.args[0] if why.args else why}") from None
-        self._size = size
-        self._descriptor = os.open(path, os.O_RDONLY)
+        self._start = 0 if member is None else member.start
+        self._descriptor = os.open(path, os.O_RDONLY) if member is None else os.dup(member.descriptor)
         self._datasets, self._fields = found.datasets, found.fields
-        self.tensors: Sequence[Tensor] = found.tensors
+        # By their paths in the file.
+        self._stored: Sequence[Tensor] = found.tensors
+        self.marks = found.marks
+        self.tensors: Sequence[Tensor] = (naming or _names)(found.tensors, found.marks)
         self.skipped: Sequence[Skipped] = found.skipped
         self._chunks: dict[bytes, Chunks] = {}
 
@@ -239,7 +249,22 @@ class HDF5Checkpoint:
             for p in checksum_patches(self._chunks[key], several, self._descriptor, target)
         ]
         # Checksums last: until then the old ones prove, after a kill, which words are still to be undone.
-        return Prepared([*patches, *checksums], (), self._finish(target, changes, rest, checksum))
+        entries = self._entries(checksums)
+        return Prepared([*patches, *checksums], entries, self._finish(target, changes, rest, checksum))
+
+    def _entries(self, checksums: Sequence[patch.Patch]) -> tuple[ChecksumEntry, ...]:
+        """Altered checksums as the record lists them."""
+        return tuple(
+            ChecksumEntry(0, offset, before, before ^ mask)
+            for each in checksums
+            for offset, before, mask in zip(
+                each.offsets.tolist(),
+                patch.read_words(self._descriptor, each.dtype, each.offsets).tolist(),
+                each.masks.tolist(),
+                strict=True,
+            )
+            if mask
+        )
 
     def _finish(
         self, target: Path, changes: Changes, rest: dict[int, slice], checksum: str
@@ -248,7 +273,7 @@ class HDF5Checkpoint:
         if not rest:
             return None
         gathered = {t: self._gather(t) for t in rest if self._is_gathered(t)}
-        tensors, datasets, fields = self.tensors, self._datasets, self._fields
+        tensors, datasets, fields = self._stored, self._datasets, self._fields
         return lambda: rewrite(target, changes, rest, tensors, datasets, fields, checksum, gathered)
 
     def renamed(self, out: Path) -> Sequence[NewFile]:
@@ -304,7 +329,9 @@ class HDF5Checkpoint:
     def _chunks_of(self, place: Dataset) -> Chunks:
         if place.key not in self._chunks:
             dataset = h5d.open(self._file.id, place.key)
-            self._chunks[place.key] = Chunks(dataset, place, self._size, self._descriptor, self._user_block)
+            self._chunks[place.key] = Chunks(
+                dataset, place, self._size, self._descriptor, self._user_block, self._start
+            )
         return self._chunks[place.key]
 
     def _library_rows(self, tensor: int, first: int, last: int, stored: np.dtype[Any]) -> NDArray[Any]:
@@ -339,8 +366,19 @@ def _in_file(part: Part, field: Field, place: Dataset, inner: NDArray[np.int64])
     return part.offset + part.within * place.record + field.offset + inner[part.rows] * field.number.word_size
 
 
-def _open(path: Path) -> h5py.File:
+def _names(tensors: Sequence[Tensor], marks: Marks) -> Sequence[Tensor]:
+    """The names that users see: of Keras' files the real ones, of others the paths in the file."""
+    if not marks.any:
+        return tensors
+    from ckptflip.checkpoints.keras.names import renamed
+
+    return renamed(tensors, marks)
+
+
+def _open(path: Path, member: Window | None) -> h5py.File:
     """Open for reading under the lock that the caller holds, so without HDF5's own."""
+    if member is not None:
+        return h5py.File(member, "r")
     try:
         return h5py.File(path, "r", locking=False)
     except OSError as why:

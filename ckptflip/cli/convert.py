@@ -1,0 +1,39 @@
+"""`ckptflip convert`."""
+
+from __future__ import annotations
+
+import click
+
+from ckptflip.cli.options import progress_bar, tensor_options
+
+
+@click.command()
+@click.argument("ckpt", metavar="IN")
+@click.argument("out")
+@tensor_options
+@click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
+def command(
+    ckpt: str,
+    out: str,
+    tensors: tuple[str, ...],
+    layers: tuple[str, ...],
+    roles: tuple[str, ...],
+    overwrite: bool,
+) -> None:
+    """Write the tensors of IN, a checkpoint of any format, into a new file OUT, with every bit as it is.
+
+    The suffix of OUT says its format: .h5, .safetensors, .npz, or .pt (.pth, .bin, .ckpt). Tensors alone are
+    carried over: no settings, no text, no code.
+    """
+    from ckptflip.cli.output import say
+    from ckptflip.conversion import convert
+
+    with progress_bar(ckpt, "converting") as progress:
+        done = convert(
+            ckpt, out, tensors=tensors, layers=layers, roles=roles, overwrite=overwrite, progress=progress
+        )
+    say(f"{ckpt} → {out}: {done.tensors} tensors, {done.nbytes} bytes")
+    if done.lost_names:
+        say(f"{len(done.lost_names)} other names of these tensors were left out ({done.lost_names[0]} …)")
+    if done.skipped:
+        say(f"{len(done.skipped)} entries that are no tensors were left out (`ckptflip ls` says why)")
