@@ -23,7 +23,7 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.test: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing everything into $(VENV); the first time takes a minute or two"
-	$(PIP) -e '.[torch,test,docs]'
+	$(PIP) -e '.[test,docs]'
 	@touch $@ $(VENV)/.demo
 
 demo: $(VENV)/.demo
@@ -45,6 +45,7 @@ notebooks: $(VENV)/.test
 
 bench: $(VENV)/.test
 	$(BIN)/python benchmarks/inject.py
+	$(BIN)/python benchmarks/formats.py
 
 pytest: $(VENV)/.test
 	$(THREADS) $(BIN)/python -m pytest -q -n auto

@@ -11,25 +11,19 @@ and the baseline in turn and the file in the page cache, and writes medians, rat
 from __future__ import annotations
 
 import argparse
-import compileall
-import os
-import platform
 import shutil
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import h5py
 import numpy as np
-
-import ckptflip
+from processes import GIB, machine, program, timed, with_bytecode
 
 DATASETS = 50
-GIB = 1 << 30
 RESULTS = Path(__file__).parent / "results" / "inject.md"
 README = Path(__file__).parent.parent / "README.md"
 MARKERS = ("<!-- written by benchmarks/inject.py -->", "<!-- end -->")
@@ -84,25 +78,9 @@ class Job:
         """Both in turn."""
         for who, command in (("baseline", self.baseline), ("ours", self.ours)):
             self.before()
-            seconds, peak = timed(command)
-            self.times[who].append(seconds)
-            self.memory[who] = max(self.memory[who], peak)
-
-
-def timed(command: list[str]) -> tuple[float, int]:
-    """Wall time in seconds and peak memory in bytes of a whole process."""
-    began = time.perf_counter()
-    child = os.fork()
-    if child == 0:
-        quiet = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(quiet, 1)
-        os.dup2(quiet, 2)
-        os.execvp(command[0], command)
-    _, status, usage = os.wait4(child, 0)
-    seconds = time.perf_counter() - began
-    if os.waitstatus_to_exitcode(status) != 0:
-        raise SystemExit(f"failed ({status}): {' '.join(command)[:300]}")
-    return seconds, usage.ru_maxrss * 1024
+            spent = timed(command)
+            self.times[who].append(spent.seconds)
+            self.memory[who] = max(self.memory[who], spent.peak)
 
 
 def make(path: Path, size: int) -> None:
@@ -135,11 +113,7 @@ def jobs(folder: Path) -> list[Job]:
             path.unlink(missing_ok=True)
 
     python = sys.executable
-    ours = (
-        [str(Path(python).with_name("ckptflip"))]
-        if Path(python).with_name("ckptflip").exists()
-        else [python, "-m", "ckptflip"]
-    )
+    ours = program()
 
     def inject(path: Path, *options: str, to: Path | None = record) -> list[str]:
         return [
@@ -213,29 +187,13 @@ def jobs(folder: Path) -> list[Job]:
     ]
 
 
-def machine() -> str:
-    """The machine and the versions, in a line."""
-    model = "unknown processor"
-    if Path("/proc/cpuinfo").exists():
-        names = [
-            line.split(":")[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if "model name" in line
-        ]
-        model = names[0] if names else model
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
-    return (
-        f"{model}, {os.cpu_count()} cores, {memory:.0f} GiB; Python {platform.python_version()}, "
-        f"numpy {np.__version__}, h5py {h5py.__version__}, HDF5 {h5py.version.hdf5_version}"
-    )
-
-
 def report(done: list[Job], rounds: int) -> str:
     """The results as Markdown."""
+    versions = {"numpy": np.__version__, "h5py": h5py.__version__, "HDF5": h5py.version.hdf5_version}
     lines = [
         "# Injection into HDF5",
         "",
-        f"Made by `python benchmarks/inject.py` on {machine()}.",
+        f"Made by `python benchmarks/inject.py` on {machine(**versions)}.",
         f"Whole processes, start included; medians of {rounds} interleaved rounds, files in the page cache.",
         f"In place on a 1 GiB file of {DATASETS} float32 datasets unless said otherwise; ours writes a full",
         "record, the script none.",
@@ -283,8 +241,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="ckptflip-bench-", dir=arguments.folder))
-    # An installed package comes with its bytecode; a clone that nobody has used yet does not.
-    compileall.compile_dir(Path(ckptflip.__file__).parent, quiet=1)
+    with_bytecode()
     try:
         todo = jobs(folder)
         for job in todo:

@@ -43,7 +43,7 @@ def _trained() -> Any:
 def _words(model: Any) -> Words:
     """Every variable by layer and name, the optimizer's by the variable they are for."""
     found = {_name(v): v for v in model.weights}
-    optimizer = model.optimizer
+    optimizer = getattr(model, "optimizer", None)
     if optimizer is None:
         return _arrays(found)
     trained = [_name(v) for v in model.trainable_variables]

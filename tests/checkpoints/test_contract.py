@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import zipfile
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -35,18 +34,6 @@ NOTICED: dict[str, Callable[[], type[Exception]]] = {
     "zarr-crc32c": lambda: ValueError,
     "zarr-shards": lambda: ValueError,
 }
-
-
-@pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Probe], Path]:
-    """Writes one checkpoint of a probe and keeps it: frameworks are slow."""
-
-    @cache
-    def write(probe: Probe) -> Path:
-        folder = tmp_path_factory.mktemp(probe.name)
-        return probe.load_calls().write(folder)
-
-    return write
 
 
 def _contract(probe: Probe) -> type[CheckpointContract]:

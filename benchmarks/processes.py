@@ -1,0 +1,77 @@
+"""Whole processes as they are measured: time, peak memory, bytes read; and the machine they ran on."""
+
+from __future__ import annotations
+
+import compileall
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import ckptflip
+
+GIB = 1 << 30
+
+
+class Spent(NamedTuple):
+    """What a process took: wall time in seconds, peak memory in bytes, bytes it read (-1: not known)."""
+
+    seconds: float
+    peak: int
+    read: int
+
+
+def timed(command: list[str]) -> Spent:
+    """Run a process to its end, its output thrown away; a failure ends the benchmark."""
+    began = time.perf_counter()
+    child = os.fork()
+    if child == 0:
+        quiet = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(quiet, 1)
+        os.dup2(quiet, 2)
+        os.execvp(command[0], command)
+    os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+    seconds = time.perf_counter() - began
+    read = _bytes_read(child)
+    _, status, usage = os.wait4(child, 0)
+    if os.waitstatus_to_exitcode(status) != 0:
+        raise SystemExit(f"failed ({status}): {' '.join(command)[:300]}")
+    return Spent(seconds, usage.ru_maxrss * 1024, read)
+
+
+def _bytes_read(process: int) -> int:
+    """What an ended process, not yet waited for, got from `read` and its kin."""
+    try:
+        lines = Path(f"/proc/{process}/io").read_text().splitlines()
+    except OSError:
+        return -1
+    return next(int(line.split()[1]) for line in lines if line.startswith("rchar"))
+
+
+def program() -> list[str]:
+    """The installed command, or the module where there is none."""
+    installed = Path(sys.executable).with_name("ckptflip")
+    return [str(installed)] if installed.exists() else [sys.executable, "-m", "ckptflip"]
+
+
+def with_bytecode() -> None:
+    """An installed package comes with its bytecode; a clone that nobody has used yet does not."""
+    compileall.compile_dir(Path(ckptflip.__file__).parent, quiet=1)
+
+
+def machine(**versions: str) -> str:
+    """The machine, Python and some libraries, in a line."""
+    model = "unknown processor"
+    if Path("/proc/cpuinfo").exists():
+        names = [
+            line.split(":")[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if "model name" in line
+        ]
+        model = names[0] if names else model
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
+    libraries = ", ".join(f"{name} {version}" for name, version in versions.items())
+    python = f"Python {platform.python_version()}"
+    return f"{model}, {os.cpu_count()} cores, {memory:.0f} GiB; {python}, {libraries}"
