@@ -17,8 +17,8 @@ HEAD = """# Does the loader notice?
 
 Written by `python docs/loaders.py` from what `ckptflip loaders` finds: each loader's own library writes a
 small checkpoint, one bit of it is flipped, and the loader opens it again, in a process of its own.
-*repaired*: stored checksums were made right again (`--checksum repair`, an error in memory before the checksum
-was made). *left*: they were not (`--checksum leave`, an error at rest).
+*repaired*: stored checksums were made right again (`--checksum repair`, an error in memory before the
+checksum was made). *left*: they were not (`--checksum leave`, an error at rest).
 
 `silent`: the flipped word was loaded without complaint, and no other word differed. `detected`: the loader
 raised an error that speaks of a checksum or of corruption. `refused`: it raised another error.

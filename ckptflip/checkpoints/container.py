@@ -104,6 +104,8 @@ def copied(
         CheckpointError: something cannot be read or written; no new file is left.
     """
     if source.folder is not None:
+        if out != source.path and out.resolve().is_relative_to(source.folder.resolve()):
+            raise UsageError(f"{out} lies in the checkpoint itself, {source.folder}; name a folder beside it")
         with _new_folder(out, source.folder, overwrite=overwrite, progress=progress) as temporary:
             yield [temporary / f.relative_to(source.folder) for f in source.files]
         return
