@@ -30,7 +30,7 @@ def _model() -> Any:
         ],
         name="net",
     )
-    made.compile(keras.optimizers.SGD(momentum=0.9), keras.losses.MeanSquaredError())
+    made.compile(keras.optimizers.SGD(momentum=0.9, name="sgd"), keras.losses.MeanSquaredError())
     return made
 
 

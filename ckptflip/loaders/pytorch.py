@@ -210,4 +210,4 @@ class Distributed:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             dcp.load({"model": state}, checkpoint_id=path)
-        return words({f"model.{k}": v for k, v in state.items()})
+        return words({f"model/{k}": v for k, v in state.items()})

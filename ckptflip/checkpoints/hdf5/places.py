@@ -148,10 +148,17 @@ class Chunks:
         size: bytes in the file, to check chunks against.
         descriptor: of the open file; needed to read chunks, not to locate them.
         user_block: bytes before HDF5's own first byte.
+        start: where the HDF5 file begins in the open one.
     """
 
     def __init__(
-        self, dataset: Any, place: Dataset, size: int = 1 << 62, descriptor: int = -1, user_block: int = 0
+        self,
+        dataset: Any,
+        place: Dataset,
+        size: int = 1 << 62,
+        descriptor: int = -1,
+        user_block: int = 0,
+        start: int = 0,
     ) -> None:
         self.record = place.record
         self._dataset = dataset
@@ -159,6 +166,7 @@ class Chunks:
         self._size = size
         self._descriptor = descriptor
         self._user_block = user_block
+        self._start = start
         self._shift: int | None = None if user_block else 0
         self._codec: ChunkCodec | None = None
         self._index: dict[tuple[int, ...], tuple[int, int, int]] | None = None
@@ -230,7 +238,8 @@ class Chunks:
         if self._shift is None:
             # Some HDF5 versions count a chunk's place from the end of the user block: ask the bytes.
             _, data = self._dataset.read_direct_chunk(coordinates)
-            self._shift = 0 if os.pread(self._descriptor, size, offset) == bytes(data) else self._user_block
+            there = os.pread(self._descriptor, size, self._start + offset)
+            self._shift = 0 if there == bytes(data) else self._user_block
         offset += self._shift
         raw = not self._place.coded and not mask
         least = self._payload + (4 if self._place.filters else 0) if raw else 0
@@ -239,4 +248,4 @@ class Chunks:
             raise CheckpointError(
                 f"{name}: the chunk at {coordinates} is said to lie outside the file: its index is damaged"
             )
-        return offset, size, mask
+        return self._start + offset, size, mask

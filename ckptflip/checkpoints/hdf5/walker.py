@@ -14,6 +14,8 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from ckptflip.checkpoints.hdf5 import types
+from ckptflip.checkpoints.hdf5.window import Window
+from ckptflip.checkpoints.keras.marks import Marks
 from ckptflip.checkpoints.roles import guess
 from ckptflip.checkpoints.target import Skipped
 from ckptflip.faults.catalogue import Tensor
@@ -72,26 +74,32 @@ class Found(Struct):
     datasets: list[Dataset] = []
     fields: list[types.Field] = []
     skipped: list[Skipped] = []
+    marks: Marks = Marks()
 
 
-def walk(file: Any, size: int, user_block: int) -> Found:
+def walk(file: Any, size: int, user_block: int, member: Window | None = None) -> Found:
     """List the tensors of an open HDF5 file.
 
     Args:
         file: the low-level file identifier.
         size: bytes in the file, to check offsets against.
         user_block: bytes before HDF5's own first byte.
+        member: where the HDF5 file lies in another one; offsets are then given in that one.
     """
-    return _Walk(file, size, user_block).run()
+    return _Walk(file, size, user_block, member).run()
 
 
 class _Walk:
-    def __init__(self, file: Any, size: int, user_block: int) -> None:
+    def __init__(self, file: Any, size: int, user_block: int, member: Window | None) -> None:
         self._root = h5g.open(file, b"/")
         self._size = size
-        self._home = Path(os.fsdecode(h5f.get_name(file))).parent
+        # A file inside another one has no folder in which other files could lie.
+        self._home = None if member is not None else Path(os.fsdecode(h5f.get_name(file))).parent
+        self._start = 0 if member is None else member.start
         self._user_block = user_block
         self._found = Found()
+        self._vars: dict[str, str] = {}
+        self._layers: str | None = None
         self._at: dict[int, tuple[int, int]] = {}
         self._aliases: dict[int, list[str]] = {}
         self._group_names: dict[int, bytes] = {}
@@ -113,6 +121,7 @@ class _Walk:
                 suffix = self._found.fields[i].suffix
                 aliases = tuple(dict.fromkeys(n + suffix for n in names if n + suffix != tensor.name))
                 self._found.tensors[i] = replace(tensor, aliases=aliases)
+        self._found.marks = Marks(self._vars, self._layers)
         return self._found
 
     def _tell_apart(self) -> None:
@@ -135,6 +144,12 @@ class _Walk:
         names = list(group)
         siblings: set[str] | None = None
         given = _text_attribute(group, b"name")
+        if prefix == b"vars/" or prefix.endswith(b"/vars/"):
+            self._vars[_text(prefix[:-1])] = given
+        elif prefix in (b"", b"model_weights/") and (
+            h5a.exists(group, b"layer_names") or h5a.exists(group, b"layer_names0")
+        ):
+            self._layers = prefix.decode()
         for name in names:
             path = prefix + name
             link = group.links.get_info(name).type
@@ -230,6 +245,7 @@ class _Walk:
         layout = creation.get_layout()
         if layout == h5d.CONTIGUOUS:
             if creation.get_external_count():
+                self._check_home()
                 segments = tuple(
                     (name.decode("utf-8", "surrogateescape"), offset, length)
                     for name, offset, length in map(
@@ -247,7 +263,7 @@ class _Walk:
                     f"damaged: its data would end at byte {offset + prod(shape) * record} "
                     f"of a file of {self._size} bytes"
                 )
-            return Dataset(path, shape, record, "flat", offset), "contiguous"
+            return Dataset(path, shape, record, "flat", self._start + offset), "contiguous"
         if layout == h5d.CHUNKED:
             return self._chunked(dataset, creation, path, shape, record)
         if layout == h5d.COMPACT:
@@ -276,8 +292,15 @@ class _Walk:
             return Dataset(path, shape, record, "library", filters=filters), layout
         return Dataset(path, shape, record, "chunked", chunk=creation.get_chunk(), filters=filters), layout
 
+    def _check_home(self) -> Path:
+        """The folder in which other files of the checkpoint lie."""
+        if self._home is None:
+            raise types.NotNumbersError("kept outside the archive")
+        return self._home
+
     def _check_view(self, creation: Any) -> None:
         """Refuse views that hold nothing of their own, or that HDF5 could follow without end."""
+        home = self._check_home()
         maps = range(creation.get_virtual_count())
         sources = [(creation.get_virtual_filename(i), creation.get_virtual_dsetname(i)) for i in maps]
         if all(file == "." for file, _ in sources):
@@ -287,7 +310,7 @@ class _Walk:
                 raise types.NotNumbersError(
                     "a view of this and other files, or of a numbered series of files"
                 )
-            path = self._home / file
+            path = home / file
             if path.is_file() and _is_view(path, name):
                 raise types.NotNumbersError(f"a view of a view in {file}; name the file that holds the data")
 
