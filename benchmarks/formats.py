@@ -3,7 +3,8 @@
     python benchmarks/formats.py [--folder DIR] [--rounds N] [--output benchmarks/results/formats.md]
 
 Makes checkpoints of 4 MiB and of 4 GiB in DIR (30 GiB of room), flips one bit in place in each, in turn, and
-writes medians, ratios, peak memory and how many bytes the processes read. Baselines load, alter and save with
+writes medians, ratios, peak memory and how many bytes the processes read, to the README as well when written
+to their usual place. Baselines load, alter and save with
 the framework, as a user without a tool would. Formats whose library is not installed are left out.
 """
 
@@ -20,7 +21,7 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import NamedTuple
 
-from processes import GIB, Spent, machine, program, timed, with_bytecode
+from processes import GIB, Spent, into_readme, machine, program, timed, with_bytecode
 
 RESULTS = Path(__file__).parent / "results" / "formats.md"
 TENSORS = 64
@@ -227,7 +228,10 @@ def main() -> None:
         finally:
             shutil.rmtree(folder)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(report(rows, arguments.rounds, left_out), "utf-8")
+    text = report(rows, arguments.rounds, left_out)
+    arguments.output.write_text(text, "utf-8")
+    if arguments.output == RESULTS:
+        into_readme("formats", text, 8)
     print(arguments.output)
 
 

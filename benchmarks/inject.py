@@ -21,12 +21,10 @@ from pathlib import Path
 
 import h5py
 import numpy as np
-from processes import GIB, machine, program, timed, with_bytecode
+from processes import GIB, into_readme, machine, program, timed, with_bytecode
 
 DATASETS = 50
 RESULTS = Path(__file__).parent / "results" / "inject.md"
-README = Path(__file__).parent.parent / "README.md"
-MARKERS = ("<!-- written by benchmarks/inject.py -->", "<!-- end -->")
 
 # What a sensible user would write: load the datasets that are hit, alter them, store them.
 SCRIPT = """
@@ -217,20 +215,6 @@ def report(done: list[Job], rounds: int) -> str:
     return "\n".join([*lines, ""])
 
 
-def readme_table(results: str) -> str:
-    """The table for the README: the results' rows without the targets and the memory."""
-    rows = [line for line in results.splitlines() if line.startswith("|")]
-    return "\n".join("|".join(row.split("|")[:6]) + "|" for row in rows)
-
-
-def into_readme(results: str) -> None:
-    """Put the table between the README's markers."""
-    text = README.read_text("utf-8")
-    before, _, rest = text.partition(MARKERS[0])
-    after = rest.partition(MARKERS[1])[2]
-    README.write_text(f"{before}{MARKERS[0]}\n\n{readme_table(results)}\n\n{MARKERS[1]}{after}", "utf-8")
-
-
 def main() -> None:
     """Run all jobs and write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -256,7 +240,7 @@ def main() -> None:
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(text, "utf-8")
     if arguments.output == RESULTS:
-        into_readme(text)
+        into_readme("inject", text, 5)
     print(text)
 
 

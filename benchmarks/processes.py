@@ -13,6 +13,7 @@ from typing import NamedTuple
 import ckptflip
 
 GIB = 1 << 30
+_README = Path(__file__).parent.parent / "README.md"
 
 
 class Spent(NamedTuple):
@@ -75,3 +76,23 @@ def machine(**versions: str) -> str:
     libraries = ", ".join(f"{name} {version}" for name, version in versions.items())
     python = f"Python {platform.python_version()}"
     return f"{model}, {os.cpu_count()} cores, {memory:.0f} GiB; {python}, {libraries}"
+
+
+def table_of(results: str, columns: int) -> str:
+    """The first columns of a results table."""
+    rows = [line for line in results.splitlines() if line.startswith("|")]
+    return "\n".join("|".join(row.split("|")[: columns + 1]) + "|" for row in rows)
+
+
+def markers(name: str) -> tuple[str, str]:
+    """What stands before and after a benchmark's table in the README."""
+    return f"<!-- written by benchmarks/{name}.py -->", f"<!-- end of {name} -->"
+
+
+def into_readme(name: str, results: str, columns: int) -> None:
+    """Put the first columns of a results table between the README's markers for this benchmark."""
+    first, last = markers(name)
+    text = _README.read_text("utf-8")
+    before, _, rest = text.partition(first)
+    after = rest.partition(last)[2]
+    _README.write_text(f"{before}{first}\n\n{table_of(results, columns)}\n\n{last}{after}", "utf-8")

@@ -47,7 +47,8 @@ def pages() -> dict[str, Path]:
         found[str(path.relative_to(HERE).with_suffix(".html"))] = path
     for name in ("CONTRIBUTING", "CHANGELOG"):
         found[f"{name}.html"] = ROOT / f"{name}.md"
-    found["benchmarks.html"] = ROOT / "benchmarks" / "results" / "inject.md"
+    for path in sorted((ROOT / "benchmarks" / "results").glob("*.md")):
+        found[f"benchmarks-{path.stem}.html"] = path
     return found
 
 

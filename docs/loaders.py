@@ -53,7 +53,9 @@ def _summary(verdicts: list[Verdict]) -> str:
         f"Of {len(asked)} loaders asked, {len(silent)} load a bit that was flipped at rest in silence; "
         f"{len(stored)} of those although the file stores a checksum over it."
     )
-    return f"{said} No loader notices an error that came before the checksum."
+    noticed = [v.loader for v in asked if v.repair != "silent"]
+    before = f"{', '.join(noticed)} notice" if noticed else "No loader notices"
+    return f"{said} {before} an error that came before the checksum."
 
 
 def main() -> None:

@@ -13,13 +13,11 @@ import pytest
 from ckptflip.cli.main import COMMANDS, cli
 
 ROOT = Path(__file__).parent.parent
-PAGES_WITH_EXAMPLES = (
-    "README.md",
-    "docs/policies.md",
-    "docs/records.md",
-    "docs/training.md",
-    "docs/formats/hdf5.md",
-)
+PAGES_WITH_EXAMPLES = [
+    str(page.relative_to(ROOT))
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
+    if "```console" in page.read_text("utf-8")
+]
 
 
 def load(name: str, folder: str = "docs") -> ModuleType:
@@ -77,13 +75,20 @@ def test_links_between_pages_lead_somewhere(tmp_path: Path) -> None:
     assert load("build").build(tmp_path) == []
 
 
-def test_the_speeds_in_the_readme_are_the_benchmark_s() -> None:
-    benchmark = load("inject", "benchmarks")
-    shown = (
-        (ROOT / "README.md")
-        .read_text("utf-8")
-        .partition(benchmark.MARKERS[0])[2]
-        .partition(benchmark.MARKERS[1])[0]
-    )
-    assert shown.strip() == benchmark.readme_table(benchmark.RESULTS.read_text("utf-8"))
+@pytest.mark.parametrize(("name", "columns"), [("inject", 5), ("formats", 8)])
+def test_the_speeds_in_the_readme_are_the_benchmarks(name: str, columns: int) -> None:
+    processes = load("processes", "benchmarks")
+    first, last = processes.markers(name)
+    shown = (ROOT / "README.md").read_text("utf-8").partition(first)[2].partition(last)[0]
+    results = (ROOT / "benchmarks" / "results" / f"{name}.md").read_text("utf-8")
+    assert shown.strip() == processes.table_of(results, columns)
     assert shown.count("\n|") > 5
+
+
+def test_the_page_of_loaders_has_a_row_for_each() -> None:
+    from ckptflip.loaders import PROBES
+
+    page = (ROOT / "docs" / "loaders.md").read_text("utf-8")
+    rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| ")][1:]
+    assert [(row[0][2:], row[1].strip("`")) for row in rows] == [(p.format, p.loader) for p in PROBES]
+    assert all(row[4] in ("silent", "detected", "refused") for row in rows)

@@ -131,9 +131,7 @@ def _check_apart(source: Checkpoint, wanted: Sequence[Path], *, same: bool) -> N
     own = {f.resolve() for f in source.files}
     for path in wanted:
         if path.resolve() in own:
-            raise UsageError(
-                f"{path} belongs to {source.path} itself; name another folder, or another name"
-            )
+            raise UsageError(f"{path} belongs to {source.path} itself; name another folder, or another name")
 
 
 @contextlib.contextmanager

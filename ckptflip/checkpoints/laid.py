@@ -121,9 +121,7 @@ class LaidOut:
             found[rows] = values
             filled += values.size
         if filled != words.size:
-            raise CheckpointError(
-                f"{self.path}: parts of {self.tensors[tensor].name} lie in no file"
-            )
+            raise CheckpointError(f"{self.path}: parts of {self.tensors[tensor].name} lie in no file")
         return found
 
     def blocks(self, tensor: int) -> Iterator[NDArray[Any]]:

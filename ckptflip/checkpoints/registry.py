@@ -148,9 +148,7 @@ def _in_folder(folder: Path) -> Found:
         if name == "tensorbundle":
             main = folder / "variables" / "variables.index"
             if not main.is_file():
-                raise CheckpointError(
-                    f"{folder} is a SavedModel without variables: nothing to alter"
-                )
+                raise CheckpointError(f"{folder} is a SavedModel without variables: nothing to alter")
         return _built_in(name, folder, main)
     other = _other(folder, b"")
     if other is not None:

@@ -129,5 +129,6 @@ def changed(before: Words, after: Words) -> dict[tuple[str, int], int]:
 
 
 def _without_paths(text: str) -> str:
-    """Names of folders say nothing, and differ from run to run."""
+    """Names of folders, and of nodes in a graph, say nothing and differ from run to run."""
+    text = re.sub(r"\{\{.*?\}\}\s*", "", text)
     return re.sub(r"(?:/[\w.\-]+)+/(?=[\w.\-]*)", "…/", text)
