@@ -1,8 +1,30 @@
-"""Settings of Hypothesis: no deadlines, for machines are shared; in CI the same examples every time."""
+"""Settings of Hypothesis, and checkpoints that real libraries wrote.
+
+Hypothesis: no deadlines, for machines are shared; in CI the same examples every time.
+"""
+
+from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 
+import pytest
 from hypothesis import settings
+
+from ckptflip.loaders import Probe
 
 settings.register_profile("ckptflip", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("ckptflip")
+
+
+@pytest.fixture(scope="session")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Probe], Path]:
+    """Writes the checkpoint of a probe once in a run, alone in its folder; copy it before you alter it."""
+
+    @cache
+    def write(probe: Probe) -> Path:
+        return probe.load_calls().write(tmp_path_factory.mktemp(probe.name))
+
+    return write

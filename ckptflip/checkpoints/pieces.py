@@ -49,7 +49,7 @@ class Layout(Struct, frozen=True):
 
     Attributes:
         dims: the axes over which words are numbered in C order. Their product is the number of words; they
-            may be another factorisation than the tensor's shape, as (blocks, 2, 16) for blocks of packed nibbles.
+            may be another factorisation than the tensor's shape, as (blocks, 2, 16) for packed blocks.
         pieces: disjoint boxes that cover all of it.
         number: the format of an element.
         order: byte order of the words in the file, ``<`` or ``>``.

@@ -20,6 +20,7 @@ HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 _SIGNATURE_SEARCH = 1 << 24
 _HEAD = 512
 _HDF5_SUFFIXES = frozenset((".h5", ".hdf5", ".hdf", ".he5"))
+_EXPORTED = ("_weights_config.json", "_constants_config.json")
 _LEVELDB_MAGIC = 0xDB4775248B80FB57.to_bytes(8, "little")
 _MOST_LOCKS = 64
 
@@ -207,7 +208,8 @@ def _zip(path: Path) -> str | None:
         return "keras"
     if any(m.endswith((".npy", ".npz")) for m in names):
         return "npz"
-    if any(m == "data.pkl" or m.endswith("/data.pkl") for m in names):
+    # An exported program (.pt2) lists its weights in JSON.
+    if any(m.rpartition("/")[2] == "data.pkl" or m.endswith(_EXPORTED) for m in names):
         return "pytorch"
     return None
 

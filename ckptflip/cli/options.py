@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import click
 
-from ckptflip.errors import CheckpointError, UsageError
+from ckptflip.errors import UsageError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -152,20 +152,21 @@ def picked(checkpoint: str, epoch: int | None) -> Path:
     """The checkpoint meant by CKPT and --epoch.
 
     Raises:
-        UsageError: --epoch beside a plain file.
+        UsageError: --epoch beside a single checkpoint.
         CheckpointError: there is no such checkpoint.
     """
     if epoch is None and "{" not in checkpoint and not Path(checkpoint).is_dir():
         return Path(checkpoint)
     from ckptflip.checkpoints.epochs import is_many, pick
+    from ckptflip.checkpoints.registry import find
 
     if not is_many(checkpoint):
         if epoch is None:
             return Path(checkpoint)
-        if not Path(checkpoint).exists():
-            raise CheckpointError(f"{checkpoint} does not exist")
+        find(Path(checkpoint))
         raise UsageError(
-            f"--epoch picks from a folder or a pattern such as ckpt_{{epoch:03d}}.h5; {checkpoint} is a file"
+            "--epoch picks from a folder or a pattern such as ckpt_{epoch:03d}.h5; "
+            f"{checkpoint} is a single checkpoint"
         )
     return pick(checkpoint, epoch)
 

@@ -248,7 +248,7 @@ def test_epochs(cli, folder):
         (["."], 2, "is a folder: say which checkpoint with --epoch N (there are epochs 1-2, 12)"),
         ([".", "--epoch", "5"], 1, "has no checkpoint of epoch 5"),
         ([pattern, "--epoch", "5"], 1, "ckpt_005.h5 does not exist"),
-        (["a.h5", "--epoch", "1"], 2, "a.h5 is a file"),
+        (["a.h5", "--epoch", "1"], 2, "a.h5 is a single checkpoint"),
         ([".", "--epoch", "-1"], 2, "0 or more"),
         ([".", "--epoch", "x"], 2, "not a valid integer"),
     ):

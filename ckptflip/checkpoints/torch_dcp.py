@@ -1,0 +1,250 @@
+"""PyTorch distributed checkpoints: a folder with an index (``.metadata``) and files of torch zips.
+
+Each zip holds a chunk of a tensor. A tensor that several ranks share is one tensor here, with the index that
+its elements have in the whole.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from itertools import product
+from math import prod
+from pathlib import Path
+
+from msgspec import Struct
+
+from ckptflip.checkpoints.files import open_plain
+from ckptflip.checkpoints.laid import LaidOut
+from ckptflip.checkpoints.listing import DamagedError, bits_of, check_apart
+from ckptflip.checkpoints.pieces import Layout, Piece
+from ckptflip.checkpoints.roles import guess
+from ckptflip.checkpoints.seals import Seal
+from ckptflip.checkpoints.target import Skipped
+from ckptflip.checkpoints.torch_dcp_index import NAME, Chunk, Entry, read_index
+from ckptflip.checkpoints.torch_zip.archive import contents
+from ckptflip.checkpoints.torch_zip.sharing import Shared
+from ckptflip.errors import CheckpointError
+from ckptflip.faults.catalogue import Shard, Tensor
+
+_RANK = re.compile(r"(?:.*/)?__(\d{1,9})_\d+\.distcp")
+_MOST_CORNERS = 1 << 22
+
+
+class _Part(Struct, frozen=True):
+    """A chunk with the tensor that its item holds; None when there is none to alter, and why."""
+
+    chunk: Chunk
+    tensor: Shared | None
+    reason: str = ""
+
+
+def open_checkpoint(path: Path) -> LaidOut:
+    """Open a distributed checkpoint.
+
+    Args:
+        path: the folder.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or the index describes impossible things.
+    """
+    folder = path if path.is_dir() else path.parent
+    try:
+        index = read_index(folder)
+        files = _files(index.entries, folder)
+        parts, seals = _parts(index.entries, files, folder)
+        tensors, layouts, skipped = _catalogue(index.entries, parts)
+    except OSError as why:
+        raise CheckpointError(f"{why.filename or folder} cannot be read: {why.strerror or why}") from None
+    except DamagedError as why:
+        raise CheckpointError(
+            f"{folder / NAME} is damaged: {why}. Copy or download the checkpoint again"
+        ) from None
+    return LaidOut(
+        folder,
+        "torch distributed",
+        [folder / NAME, *(folder / f for f in files)],
+        tensors,
+        layouts,
+        skipped=[*index.skipped, *skipped],
+        seals=seals,
+        folder=folder,
+    )
+
+
+def _catalogue(
+    entries: Sequence[Entry], parts: Sequence[Sequence[_Part]]
+) -> tuple[list[Tensor], list[Layout], list[Skipped]]:
+    """The tensors that can be altered, where their words lie, and the others."""
+    groups: dict[str, set[str]] = {}
+    for entry in entries:
+        group, _, leaf = entry.name.rpartition("/")
+        groups.setdefault(group, set()).add(leaf)
+    tensors: list[Tensor] = []
+    layouts: list[Layout] = []
+    skipped: list[Skipped] = []
+    for entry, chunks in zip(entries, parts, strict=True):
+        try:
+            tensor, layout = _assembled(entry, chunks, groups[entry.name.rpartition("/")[0]])
+        except _LeftOut as why:
+            skipped.append(Skipped(entry.name, str(why)))
+            continue
+        tensors.append(tensor)
+        layouts.append(layout)
+    return tensors, layouts, skipped
+
+
+class _LeftOut(Exception):  # noqa: N818
+    """Why a tensor cannot be altered."""
+
+
+def _files(entries: Sequence[Entry], folder: Path) -> list[str]:
+    """The data files, in the order of their names."""
+    files = sorted({c.file for e in entries for c in e.chunks if c.file})
+    other = next((f for f in files if f.endswith(".safetensors")), None)
+    if other is not None:
+        raise CheckpointError(
+            f"{folder} keeps its tensors in safetensors files; name one of them, such as {folder / other}"
+        )
+    return files
+
+
+def _parts(
+    entries: Sequence[Entry], files: Sequence[str], folder: Path
+) -> tuple[list[list[_Part]], list[Seal]]:
+    """What the items of all chunks hold, file by file."""
+    by_file: dict[str, list[tuple[int, Chunk]]] = {}
+    parts: list[list[_Part]] = [[] for _ in entries]
+    for i, entry in enumerate(entries):
+        for chunk in entry.chunks:
+            if not prod(chunk.shape):
+                continue
+            if not chunk.file or chunk.coded:
+                by = f"it is stored through {', '.join(chunk.coded)}" if chunk.coded else "a chunk is missing"
+                parts[i].append(_Part(chunk, None, by))
+            else:
+                by_file.setdefault(chunk.file, []).append((i, chunk))
+    seals: list[Seal] = []
+    for number, name in enumerate(files, 1):
+        if name not in by_file:
+            continue
+        # Two tensors in one item would be the same words in the catalogue twice.
+        items = {
+            (c.offset, c.offset + c.length, f"{entries[i].name} {list(c.start)}") for i, c in by_file[name]
+        }
+        check_apart(items)
+        with open_plain(folder / name) as file:
+            for i, chunk in by_file[name]:
+                where = f"{folder / name}, {entries[i].name}"
+                part, sealed = _item(file.fileno(), where, number, chunk)
+                parts[i].append(part)
+                seals += sealed
+    return parts, seals
+
+
+def _item(fd: int, where: str, file: int, chunk: Chunk) -> tuple[_Part, list[Seal]]:
+    """The tensor that the item of a chunk holds."""
+    found = contents(fd, where, file=file, start=chunk.offset, length=chunk.length)
+    if len(found.tensors) != 1 or found.tensors[0].aliases:
+        reason = found.skipped[0].reason if found.skipped else "its item does not hold one plain tensor"
+        return _Part(chunk, None, reason), []
+    tensor = found.tensors[0]
+    if tensor.view.shape != chunk.shape:
+        raise CheckpointError(
+            f"{where}: a chunk of shape {chunk.shape} holds a tensor of shape {tensor.view.shape}; the files "
+            "do not belong together"
+        )
+    axes = len(chunk.shape)
+    if tensor.layout.dims[:axes] != chunk.shape:
+        return _Part(chunk, None, "its words stand for several elements each"), []
+    return _Part(chunk, tensor), found.seals
+
+
+def _assembled(entry: Entry, parts: Sequence[_Part], siblings: set[str]) -> tuple[Tensor, Layout]:
+    """A tensor from its chunks.
+
+    Args:
+        entry: of the index.
+        parts: its chunks.
+        siblings: the last parts of the names beside it.
+
+    Raises:
+        _LeftOut: it cannot be altered.
+    """
+    for part in parts:
+        if part.tensor is None:
+            raise _LeftOut(part.reason)
+    boxes = [(part.chunk, part.tensor) for part in parts if part.tensor is not None]
+    boxes = list({(chunk.start, chunk.shape): (chunk, tensor) for chunk, tensor in reversed(boxes)}.values())
+    boxes.reverse()
+    if not boxes:
+        raise _LeftOut("it has no elements" if 0 in entry.shape else "all its chunks are missing")
+    first = boxes[0][1].layout
+    if any(
+        (t.layout.number, t.layout.order, t.layout.bits) != (first.number, first.order, first.bits)
+        for _, t in boxes
+    ):
+        raise DamagedError(f"the chunks of {entry.name} are of different dtypes")
+    bits_of(entry.shape, first.number.width)
+    _check_cover([(c.start, c.shape) for c, _ in boxes], entry.shape)
+    axes = len(entry.shape)
+    inner = first.dims[axes:]
+    pieces = tuple(
+        Piece(p.file, p.offset, p.shape, p.strides, (*chunk.start, *(0 for _ in inner)))
+        for chunk, tensor in boxes
+        for p in tensor.layout.pieces
+    )
+    layout = Layout((*entry.shape, *inner), pieces, first.number, first.order, first.bits)
+    return _tensor(entry, boxes, layout, siblings), layout
+
+
+def _tensor(
+    entry: Entry, boxes: Sequence[tuple[Chunk, Shared]], layout: Layout, siblings: set[str]
+) -> Tensor:
+    layer, role = guess(entry.name, layout.number, len(entry.shape), siblings, entry.parameter)
+    shape, inner = entry.shape, prod(layout.dims[len(entry.shape) :]) // layout.number.parts
+    if inner > 1:
+        shape = (*shape[:-1], shape[-1] * inner) if shape else (inner,)
+    how = f"{len(boxes)} chunks" if len(boxes) > 1 else boxes[0][1].how
+    alias = () if entry.full_name == entry.name else (entry.full_name,)
+    offset = layout.pieces[0].offset if len(boxes) == 1 else None
+    shards = shards_of([c for c, _ in boxes])
+    return Tensor(entry.name, shape, layout.number, layout.order, layer, role, alias, how, offset, shards)
+
+
+def shards_of(chunks: Sequence[Chunk]) -> tuple[Shard, ...]:
+    """Which rank wrote which part, by the files' names; () when a name does not tell."""
+    ranks = [_RANK.fullmatch(c.file) for c in chunks]
+    return (
+        tuple(Shard(int(rank[1]), c.start, c.shape) for rank, c in zip(ranks, chunks, strict=True) if rank)
+        if all(ranks)
+        else ()
+    )
+
+
+def _check_cover(boxes: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], shape: tuple[int, ...]) -> None:
+    """Make sure that boxes cover a tensor, each element once.
+
+    The corners of a box, with signs that alternate along each axis, determine it. So boxes that cover the
+    whole exactly have the corners of the whole, after those of opposite signs have cancelled.
+
+    Raises:
+        _LeftOut: they do not.
+    """
+    cut = [i for i, n in enumerate(shape) if any(box[1][i] != n for box in boxes)]
+    if len(boxes) << len(cut) > _MOST_CORNERS:
+        raise _LeftOut(f"its {len(boxes)} chunks are cut along too many axes")
+    corners: Counter[str] = Counter()
+    for start, lengths in boxes:
+        _count(corners, [(start[i], start[i] + lengths[i]) for i in cut], 1)
+    _count(corners, [(0, shape[i]) for i in cut], -1)
+    if any(corners.values()):
+        covered = sum(prod(lengths) for _, lengths in boxes)
+        what = "overlap" if covered >= prod(shape) else f"hold {covered} of its {prod(shape)} elements"
+        raise _LeftOut(f"its chunks {what}")
+
+
+def _count(corners: Counter[str], ends: Iterable[tuple[int, int]], sign: int) -> None:
+    for corner in product(*[((low, 1), (high, -1)) for low, high in ends]):
+        corners[",".join(str(at) for at, _ in corner)] += sign * prod(s for _, s in corner)
