@@ -19,6 +19,12 @@ PAGES_WITH_EXAMPLES = [
     if "```console" in page.read_text("utf-8")
 ]
 
+NEEDED = {
+    **dict.fromkeys(("README", "training", "pytorch", "dcp"), ("torch",)),
+    "zarr": ("zarr",),
+    "orbax": ("zarr", "orbax.checkpoint"),
+}
+
 
 def load(name: str, folder: str = "docs") -> ModuleType:
     """A script as a module."""
@@ -46,8 +52,8 @@ def test_every_command_and_option_has_a_help_text(name: str) -> None:
 
 @pytest.mark.parametrize("page", PAGES_WITH_EXAMPLES)
 def test_examples_print_what_the_page_shows(page: str) -> None:
-    if "training" in page or "README" in page:
-        pytest.importorskip("torch")
+    for library in NEEDED.get(Path(page).stem, ()):
+        pytest.importorskip(library)
     assert load("examples").check(ROOT / page) == []
 
 

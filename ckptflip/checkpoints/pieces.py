@@ -19,7 +19,7 @@ Positions = NDArray[np.int64]
 _FEW_PIECES = 16
 
 
-class Piece(Struct, frozen=True):
+class Piece(Struct, frozen=True, gc=False):
     """A box of a tensor whose words lie at regular distances in one file.
 
     Attributes:
@@ -180,7 +180,8 @@ def _by_cell(
     order = np.argsort(numbers, kind="stable")
     rows = np.argsort(cell, kind="stable")
     firsts = np.flatnonzero(np.diff(cell[rows], prepend=-1))
+    ascending = numbers[order]
     for part in np.split(rows, firsts[1:]) if rows.size else ():
-        at = int(np.searchsorted(numbers[order], cell[part[0]]))
-        if at < numbers.size and numbers[order[at]] == cell[part[0]]:
+        at = int(np.searchsorted(ascending, cell[part[0]]))
+        if at < ascending.size and ascending[at] == cell[part[0]]:
             yield layout.pieces[order[at]], part

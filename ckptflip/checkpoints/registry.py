@@ -127,7 +127,7 @@ def find(path: Path) -> Found:
 
 def is_checkpoint(folder: Path) -> bool:
     """Whether a folder is one checkpoint, not a folder of several."""
-    return any((folder / marker).exists() for marker, _ in _FOLDERS)
+    return any((folder / marker).exists() for marker, _ in _FOLDERS) or _is_old_orbax(folder)
 
 
 def format_names() -> tuple[str, ...]:
@@ -151,6 +151,8 @@ def _in_folder(folder: Path) -> Found:
             if not main.is_file():
                 raise CheckpointError(f"{folder} is a SavedModel without variables: nothing to alter")
         return _built_in(name, folder, main)
+    if _is_old_orbax(folder):
+        return _built_in("orbax", folder)
     other = _other(folder, b"")
     if other is not None:
         return other
@@ -158,6 +160,15 @@ def _in_folder(folder: Path) -> Found:
         f"{folder} is a folder, and no checkpoint itself: name a file in it, or with --epoch N one of its "
         "checkpoints by epoch"
     )
+
+
+def _is_old_orbax(folder: Path) -> bool:
+    """Whether a folder holds items of Orbax, one folder each, and nothing else that says so."""
+    if not any((each / "_METADATA").exists() for each in folder.iterdir() if each.is_dir()):
+        return False
+    from ckptflip.checkpoints import orbax
+
+    return orbax.recognises(folder)
 
 
 def _by_bytes(

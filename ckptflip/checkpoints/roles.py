@@ -118,7 +118,7 @@ def _role(
         return "rng"
     if variable in _COUNTERS and ndim <= 1:
         return "counter"
-    if variable in _SLOTS or any(w.startswith("optim") or w == "opt" for w in words):
+    if variable in _SLOTS or any(w.startswith("optim") or w in ("opt", "opt_state") for w in words):
         return "counter" if variable == "0" and ndim == 0 and not number.is_float else "optimizer"
     if variable in _STATISTICS:
         return "statistic"

@@ -18,7 +18,7 @@ from ckptflip.faults.record import ChecksumEntry
 _STORED = np.dtype("<u4")
 
 
-class Seal(Struct, frozen=True):
+class Seal(Struct, frozen=True, gc=False):
     """A stored CRC over a range of a file.
 
     Seals are listed innermost first: the stored bytes of one may lie in the range of a later one.
