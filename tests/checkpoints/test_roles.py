@@ -129,7 +129,7 @@ def test_roles_select_in_a_file(tmp_path):
         file["optimizer/vars/0"] = np.int64(3)
         file["optimizer/vars/1"] = np.float32(0.1)
     with ckptflip.opened(tmp_path / "a.h5") as target:
-        found = {t.name: (t.layer, t.role) for t in target.tensors}
+        found = {n: (t.layer, t.role) for t in target.tensors for n in (t.name, *t.aliases)}
     assert found["layers/dense/vars/0"] == ("fc1", "weight")
     assert found["layers/dense/vars/1"] == ("fc1", "bias")
     assert found["optimizer/vars/0"][1] == "counter" and found["optimizer/vars/1"][1] == "optimizer"
