@@ -21,6 +21,7 @@ PAGES_WITH_EXAMPLES = [
 
 NEEDED = {
     **dict.fromkeys(("README", "training", "pytorch", "dcp"), ("torch",)),
+    "keras": ("keras", "torch"),
     "zarr": ("zarr",),
     "orbax": ("zarr", "orbax.checkpoint"),
 }
