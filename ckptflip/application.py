@@ -15,7 +15,7 @@ from ckptflip import __version__, record_files
 from ckptflip.checkpoints import Changes, Checkpoint, container, files, patch
 from ckptflip.checkpoints.files import Progress
 from ckptflip.checkpoints.target import Prepared
-from ckptflip.errors import CheckpointError, CkptflipError, PartlyAlteredError, UsageError
+from ckptflip.errors import CheckpointError, CkptflipError, PartlyAlteredError, RecordError, UsageError
 from ckptflip.faults.plan import Plan
 from ckptflip.faults.policy import Policy
 from ckptflip.faults.record import SCHEMA, ChecksumEntry, Header, Record, counts_of, entries_of
@@ -237,7 +237,13 @@ def _to_copy(
 
 def _check_spent(path: Path, target: Checkpoint) -> None:
     """Refuse to replace a record that is the only way back to the bytes before earlier faults."""
-    if in_effect(record_files.read(path), target):
+    try:
+        in_force = in_effect(record_files.read(path), target)
+    except RecordError as why:
+        raise UsageError(
+            f"{path} is a record of another checkpoint, or damaged ({why}); name another with --record"
+        ) from None
+    if in_force:
         raise UsageError(
             f"the record {path} is still in effect, and the only way back: undo it first, or name another "
             "with --record"

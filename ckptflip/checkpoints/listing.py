@@ -21,7 +21,7 @@ class DamagedError(Exception):
     """A claim that cannot be true. Formats turn it into a CheckpointError that names the file."""
 
 
-class Array(Struct, frozen=True):
+class Array(Struct, frozen=True, gc=False):
     """An array of numbers in a file.
 
     Attributes:

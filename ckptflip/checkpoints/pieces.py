@@ -44,7 +44,7 @@ class Piece(Struct, frozen=True, gc=False):
         return self.offset + (low >> 3), self.offset - (-(high + width) >> 3)
 
 
-class Layout(Struct, frozen=True):
+class Layout(Struct, frozen=True, gc=False):
     """Where the words of one tensor lie.
 
     Attributes:

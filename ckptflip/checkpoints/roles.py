@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
+from functools import lru_cache
 
 from ckptflip.bits import NumberFormat
 
@@ -35,6 +36,7 @@ _CONTAINERS = frozenset(
     )
 )
 _RNG = frozenset(("rng", "rng_state", "rng_states", "seed_generator", "seed_generator_state"))
+_NO_LAYERS = _CONTAINERS | _RNG
 _COUNTERS = frozenset(
     ("num_batches_tracked", "step", "steps", "iteration", "iterations", "epoch", "global_step", "t", "N")
 )
@@ -49,6 +51,7 @@ _STATISTICS = frozenset(
     ("running_mean", "running_var", "moving_mean", "moving_variance", "avg_mean", "avg_var")
 )
 _WEIGHTS = frozenset(["weight", "kernel", "W", "w", "weights", "in_proj_weight"])
+_NUMBERED = re.compile(r":\d+$")
 _WEIGHT_LIKE = re.compile(r"(weight|kernel)(_|$)|_(weight|kernel)$")
 _NORM_LIKE = re.compile(
     r"(^|_)(bn|batch_?norm(alization)?|layer_?norm(alization)?|group_?norm|rms_?norm|norm|ln)(_?\d+|_f)?$",
@@ -56,7 +59,7 @@ _NORM_LIKE = re.compile(
 )
 # wte and wpe are GPT-2's token and position embeddings.
 _EMBEDDING_LIKE = re.compile(
-    r"(^|_)(emb|embed|embedding|embeddings|emb_l)(_?\d+|_tokens|_positions)?$|^w[tp]e$"
+    r"(^|_)(emb|embd|embed|embedding|embeddings|emb_l)(_?\d+|_tokens|_positions)?$|^w[tp]e$"
 )
 
 
@@ -83,10 +86,10 @@ def guess(
         ('dense', 'bias')
     """
     parts = path.strip("/").split("/")
-    leaf = re.sub(r":\d+$", "", parts[-1])
+    leaf = _NUMBERED.sub("", parts[-1]) if ":" in parts[-1] else parts[-1]
     owner, _, variable = leaf.rpartition(".")
     words = [*parts[:-1], *owner.split(".")]
-    if re.fullmatch(r"real|imag", variable) and owner:
+    if variable in ("real", "imag") and owner:
         owner, _, variable = owner.rpartition(".")
     layer = _layer(parts, owner, given)
     return layer, _role(words, variable, number, ndim, siblings, owner, given)
@@ -101,7 +104,7 @@ def _layer(parts: list[str], owner: str, given: str) -> str:
         # Keras 2 repeats the layer's name inside its own group; variables may lie deeper still.
         at = groups.index("model_weights") + 1
         return groups[at] if at < len(groups) else owner
-    named = [g for g in groups if g not in _CONTAINERS | _RNG and not g.isdecimal()]
+    named = [g for g in groups if g not in _NO_LAYERS and not g.isdecimal()]
     return "/".join([*named, *([owner] if owner else [])])
 
 
@@ -123,7 +126,7 @@ def _role(
     if variable in _STATISTICS:
         return "statistic"
     nearest = [w for w in words if w and w not in _CONTAINERS][-1:]
-    is_norm = any(_NORM_LIKE.search(w) for w in [*nearest, *owner.split(".")[-1:], given] if w)
+    is_norm = any(_is_norm(w) for w in [*nearest, *owner.split(".")[-1:], given] if w)
     if variable.isdecimal() and "vars" in words:
         return _keras3(int(variable), ndim, nearest, is_norm)
     if variable in ("gamma", "beta"):
@@ -136,17 +139,26 @@ def _role(
         return "norm"
     if is_bias:
         return "bias"
-    if variable in ("embeddings", "embedding") or (
-        is_weight and any(_EMBEDDING_LIKE.search(w) for w in words)
-    ):
+    if variable in ("embeddings", "embedding") or (is_weight and any(_is_embedding(w) for w in words)):
         return "embedding"
     return "weight" if is_weight else "other"
+
+
+# Names repeat from layer to layer; a model has 100,000s of them.
+@lru_cache(4096)
+def _is_norm(word: str) -> bool:
+    return _NORM_LIKE.search(word) is not None
+
+
+@lru_cache(4096)
+def _is_embedding(word: str) -> bool:
+    return _EMBEDDING_LIKE.search(word) is not None
 
 
 def _keras3(position: int, ndim: int, nearest: list[str], is_norm: bool) -> str:
     """Keras 3 numbers variables: 0 kernel, 1 bias; a normalisation's 0 gamma, 1 beta, 2 mean, 3 variance."""
     if is_norm:
         return "norm" if position < 2 else "statistic"
-    if any(_EMBEDDING_LIKE.search(w) for w in nearest):
+    if any(_is_embedding(w) for w in nearest):
         return "embedding"
     return "weight" if ndim >= 2 else "bias"

@@ -20,7 +20,7 @@ ROLE_GROUPS = {
 }
 
 
-class Shard(Struct, frozen=True):
+class Shard(Struct, frozen=True, gc=False):
     """The part of a tensor that one rank of a distributed run wrote.
 
     Attributes:
@@ -34,7 +34,7 @@ class Shard(Struct, frozen=True):
     shape: tuple[int, ...]
 
 
-class Tensor(Struct, frozen=True):
+class Tensor(Struct, frozen=True, gc=False):
     """One storage of numbers in a target, under its first name.
 
     Attributes:

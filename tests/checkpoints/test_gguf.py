@@ -10,8 +10,8 @@ from hypothesis import given, settings
 
 import ckptflip
 from ckptflip.bits import as_words, lookup
-from ckptflip.checkpoints.gguf import open_checkpoint
-from ckptflip.checkpoints.gguf_blocks import BLOCKS, PLAIN, UNUSED
+from ckptflip.checkpoints.gguf.blocks import BLOCKS, PLAIN, UNUSED
+from ckptflip.checkpoints.gguf.opening import open_checkpoint
 from ckptflip.errors import CheckpointError
 
 gguf = pytest.importorskip("gguf")

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 import ckptflip
 from ckptflip.checkpoints import zip_rewrite
 from ckptflip.checkpoints.listing import DamagedError
-from ckptflip.checkpoints.literals import literal
-from ckptflip.checkpoints.npz import open_checkpoint
+from ckptflip.checkpoints.npz.literals import literal
+from ckptflip.checkpoints.npz.opening import open_checkpoint
 from ckptflip.errors import CheckpointError
 
 # Two elements of two axes in Fortran order, made by hand from the format's description.

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 import ckptflip
 from ckptflip.bits import lookup
-from ckptflip.checkpoints.onnx import open_checkpoint, relocated
-from ckptflip.checkpoints.onnx_varints import parsed
+from ckptflip.checkpoints.onnx.opening import open_checkpoint, relocated
+from ckptflip.checkpoints.onnx.varints import parsed
 from ckptflip.errors import CheckpointError, UsageError
 
 onnx = pytest.importorskip("onnx")

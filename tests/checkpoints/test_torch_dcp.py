@@ -19,7 +19,7 @@ dcp = pytest.importorskip("torch.distributed.checkpoint")
 from torch_words import all_words, nibbles_of, random_bits, words_of  # noqa: E402
 
 import ckptflip  # noqa: E402
-from ckptflip.checkpoints.torch_dcp import _check_cover, _LeftOut, open_checkpoint  # noqa: E402
+from ckptflip.checkpoints.torch_dcp.opening import _check_cover, _LeftOut, open_checkpoint  # noqa: E402
 from ckptflip.errors import CheckpointError  # noqa: E402
 from ckptflip.faults.catalogue import Shard  # noqa: E402
 

@@ -22,7 +22,7 @@ from ckptflip.checkpoints.pieces import Layout, Piece
 from ckptflip.checkpoints.roles import guess
 from ckptflip.checkpoints.seals import Seal
 from ckptflip.checkpoints.target import Skipped
-from ckptflip.checkpoints.torch_dcp_index import NAME, Chunk, Entry, read_index
+from ckptflip.checkpoints.torch_dcp.index import NAME, Chunk, Entry, read_index
 from ckptflip.checkpoints.torch_zip.archive import contents
 from ckptflip.checkpoints.torch_zip.sharing import Shared
 from ckptflip.errors import CheckpointError

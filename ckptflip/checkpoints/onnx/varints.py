@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ckptflip.bits import NumberFormat
 from ckptflip.checkpoints.files import open_plain
 from ckptflip.checkpoints.listing import DamagedError
-from ckptflip.checkpoints.onnx_model import Span, encoded, tensors, with_lengths
+from ckptflip.checkpoints.onnx.model import Span, encoded, tensors, with_lengths
 from ckptflip.checkpoints.protobuf import FileBytes, ProtobufError
 from ckptflip.checkpoints.splice import Edit, splice
 from ckptflip.errors import CheckpointError

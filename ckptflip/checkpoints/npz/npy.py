@@ -18,7 +18,7 @@ from msgspec.structs import replace
 from ckptflip.bits import NumberFormat
 from ckptflip.bits.formats import lookup_name
 from ckptflip.checkpoints.listing import Array, DamagedError, bits_of
-from ckptflip.checkpoints.literals import literal
+from ckptflip.checkpoints.npz.literals import literal
 from ckptflip.checkpoints.pieces import Layout, Piece, strides_of
 from ckptflip.checkpoints.target import Skipped
 

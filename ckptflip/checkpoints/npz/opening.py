@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptflip.checkpoints import npy, zip_rewrite
+from ckptflip.checkpoints import zip_rewrite
 from ckptflip.checkpoints.files import open_plain
 from ckptflip.checkpoints.laid import LaidOut
 from ckptflip.checkpoints.listing import Array, DamagedError, catalogue, without_repeats
+from ckptflip.checkpoints.npz import npy
 from ckptflip.checkpoints.seals import Seal
 from ckptflip.checkpoints.target import Skipped
 from ckptflip.checkpoints.zips import DEFLATED, STORED, Member, Members, members

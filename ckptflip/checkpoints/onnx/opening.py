@@ -13,8 +13,8 @@ from ckptflip.bits import NumberFormat
 from ckptflip.bits.formats import lookup_name
 from ckptflip.checkpoints.laid import LaidOut
 from ckptflip.checkpoints.listing import Array, DamagedError, bits_of, catalogue, without_repeats
-from ckptflip.checkpoints.onnx_files import Relocatable, locations, read_model, relocated, renamed
-from ckptflip.checkpoints.onnx_model import (
+from ckptflip.checkpoints.onnx.external import Relocatable, locations, read_model, relocated, renamed
+from ckptflip.checkpoints.onnx.model import (
     DOUBLE_DATA,
     FLOAT_DATA,
     INT32_DATA,
@@ -24,7 +24,7 @@ from ckptflip.checkpoints.onnx_model import (
     Entry,
     Stored,
 )
-from ckptflip.checkpoints.onnx_varints import Numbers, Varints
+from ckptflip.checkpoints.onnx.varints import Numbers, Varints
 from ckptflip.checkpoints.pieces import contiguous
 from ckptflip.checkpoints.target import Checkpoint, Skipped
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from ckptflip.checkpoints.files import open_plain
 from ckptflip.checkpoints.laid import LaidOut
 from ckptflip.checkpoints.listing import DamagedError
-from ckptflip.checkpoints.onnx_model import Stored, tensors, with_lengths
+from ckptflip.checkpoints.onnx.model import Stored, tensors, with_lengths
 from ckptflip.checkpoints.patch import Patch
 from ckptflip.checkpoints.protobuf import FileBytes, ProtobufError
 from ckptflip.checkpoints.splice import Edit, spliced

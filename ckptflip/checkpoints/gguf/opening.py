@@ -13,7 +13,7 @@ from msgspec import Struct
 
 from ckptflip.bits.formats import lookup_name
 from ckptflip.checkpoints.files import open_plain
-from ckptflip.checkpoints.gguf_blocks import BLOCKS, PLAIN, UNUSED, Block, Part
+from ckptflip.checkpoints.gguf.blocks import BLOCKS, PLAIN, UNUSED, Block, Part
 from ckptflip.checkpoints.laid import LaidOut
 from ckptflip.checkpoints.listing import (
     Array,
