@@ -36,6 +36,8 @@ from ckptflip.faults.catalogue import Tensor
 from ckptflip.faults.record import ChecksumEntry
 
 _BLOCK_BYTES = 1 << 24
+# What h5py may raise of a damaged file.
+_LIBRARY_ERRORS = (OSError, RuntimeError, LookupError, ValueError, TypeError, ArithmeticError, MemoryError)
 
 Naming = Callable[[Sequence[Tensor], Marks], Sequence[Tensor]]
 
@@ -62,15 +64,16 @@ class HDF5Checkpoint:
         try:
             self._file = _open(path, member)
         except OSError as why:
-            raise CheckpointError(_why_unreadable(path, why)) from None
+            raise CheckpointError(_why_unreadable(path, member, why)) from None
         try:
             self._size = path.stat().st_size if member is None else member.length
             self._user_block = self._file.userblock_size
             found = walk(self._file.id, self._size, self._user_block, member)
-        except (OSError, RuntimeError, KeyError, ValueError) as why:
+        except _LIBRARY_ERRORS as why:
             self._file.close()
             # A KeyError shows its text in quotes.
-            raise CheckpointError(f"{path} is damaged HDF5: {why.args[0] if why.args else why}") from None
+            where = path if member is None else member.where
+            raise CheckpointError(f"{where} is damaged HDF5: {why.args[0] if why.args else why}") from None
         self._start = 0 if member is None else member.start
         self._descriptor = os.open(path, os.O_RDONLY) if member is None else os.dup(member.descriptor)
         self._datasets, self._fields = found.datasets, found.fields
@@ -102,7 +105,7 @@ class HDF5Checkpoint:
         """Errors of the library as ours."""
         try:
             yield
-        except (OSError, RuntimeError, ValueError) as why:
+        except _LIBRARY_ERRORS as why:
             raise CheckpointError(f"{self.path}: {self.tensors[tensor].name} cannot be read: {why}") from None
 
     def _read(self, tensor: int, words: NDArray[np.int64]) -> NDArray[Any]:
@@ -388,10 +391,11 @@ def _open(path: Path, member: Window | None) -> h5py.File:
         return h5py.File(path, "r")
 
 
-def _why_unreadable(path: Path, why: OSError) -> str:
+def _why_unreadable(path: Path, member: Window | None, why: OSError) -> str:
     text = str(why)
+    where, size = (path, path.stat().st_size) if member is None else (member.where, member.length)
     if "truncated" in text:
-        return f"{path} is a truncated HDF5 file: its end is missing. Copy or download it again"
-    if "file signature not found" in text or path.stat().st_size == 0:
-        return f"{path} is not an HDF5 file (its signature is missing)"
-    return f"{path} is damaged HDF5: {text}"
+        return f"{where} is a truncated HDF5 file: its end is missing. Copy or download it again"
+    if "file signature not found" in text or size == 0:
+        return f"{where} is not an HDF5 file (its signature is missing)"
+    return f"{where} is damaged HDF5: {text}"
