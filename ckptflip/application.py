@@ -16,6 +16,7 @@ from ckptflip.checkpoints import Changes, Checkpoint, container, files, patch
 from ckptflip.checkpoints.files import Progress
 from ckptflip.checkpoints.target import Prepared
 from ckptflip.errors import CheckpointError, CkptflipError, PartlyAlteredError, RecordError, UsageError
+from ckptflip.faults import ranks
 from ckptflip.faults.plan import Plan
 from ckptflip.faults.policy import Policy
 from ckptflip.faults.record import SCHEMA, ChecksumEntry, Header, Record, counts_of, entries_of
@@ -64,8 +65,9 @@ def destination(
         UsageError: contradictory wishes, or files that exist.
     """
     source = Path(checkpoint)
-    if not source.name:
-        raise CheckpointError(f"{str(checkpoint)!r} is a folder; name a checkpoint in it")
+    if source.name in ("", ".."):
+        # The working directory, or one above it, may be the checkpoint.
+        source = source.resolve()
     target = None if in_place else Path(out) if out is not None else container.flipped_name(source)
     if in_place and out is not None:
         raise UsageError("an output and in-place were both asked for; choose one")
@@ -133,6 +135,7 @@ def record_of(
         seed=seed,
         policies=policies,
         replay_of=replay_of,
+        ranks=ranks.of_policies(policies, target.tensors, seed),
         size=container.size(target.files),
         digest_before=container.digest(target.files),
         counts=counts_of(plan),

@@ -125,5 +125,5 @@ def _check_fit(out: Path, writer: Writer, tensors: list[Tensor]) -> None:
         more = f" (and {len(unfit) - 1} more)" if len(unfit) > 1 else ""
         raise CheckpointError(
             f"{name} cannot be written to {out.name}: {why}{more}; leave it out with --tensors '!{name}', "
-            "or choose another format"
+            "or write HDF5 (.h5), which holds every dtype"
         )

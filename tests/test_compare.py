@@ -239,3 +239,22 @@ def test_nothing_is_altered_and_errors_are_ours(tmp_path):
         ckptflip.diff(path, tmp_path / "b.h5")
     with pytest.raises(SelectionError):
         ckptflip.scan(path, tensors=("y",))
+
+
+def test_a_model_is_known_without_its_container(tmp_path):
+    """A training state against the bare state dict of its model, the commonest pair of all."""
+    weight = np.arange(6, dtype="f4").reshape(2, 3)
+    np.savez(tmp_path / "state.npz", **{"model/fc.weight": weight, "optimizer/state/0/exp_avg": weight})
+    np.savez(tmp_path / "model.npz", **{"fc.weight": weight})
+    rows = {r.tensor: r.status for r in ckptflip.diff(tmp_path / "state.npz", tmp_path / "model.npz")}
+    assert rows == {"model/fc.weight": "same", "optimizer/state/0/exp_avg": "only in A"}
+    record = ckptflip.inject(tmp_path / "state.npz", tensors="fc.weight", seed=1)
+    replayed = ckptflip.replay(record, tmp_path / "model.npz")
+    assert [t.name for t in replayed.header.tensors] == ["fc.weight"]
+    np.savez(tmp_path / "two.npz", **{"model/fc.weight": weight, "params/fc.weight": weight})
+    rows = {r.tensor: r.status for r in ckptflip.diff(tmp_path / "two.npz", tmp_path / "model.npz")}
+    assert rows["model/fc.weight"] == rows["params/fc.weight"] == "same"
+    assert {r.status for r in ckptflip.diff(tmp_path / "model.npz", tmp_path / "two.npz")} == {
+        "only in A",
+        "only in B",
+    }

@@ -197,5 +197,5 @@ def test_the_command_says_what_was_left_out(tmp_path: Path, capsys: pytest.Captu
     assert run(["convert", str(tmp_path / "a.h5"), str(tmp_path / "b.npz")]) == 0
     said = capsys.readouterr().err
     assert (
-        "1 tensors, 8 bytes" in said and "1 other names" in said and "1 entries that are no tensors" in said
+        "1 tensor, 8 bytes" in said and "1 other name of" in said and "1 entry left out: no tensors" in said
     )

@@ -22,6 +22,7 @@ PAGES_WITH_EXAMPLES = [
 NEEDED = {
     **dict.fromkeys(("README", "training", "pytorch", "dcp"), ("torch",)),
     "keras": ("keras", "torch"),
+    "callbacks": ("torch", "sklearn", "keras", "lightning", "transformers", "accelerate", "skorch"),
     "zarr": ("zarr",),
     "orbax": ("zarr", "orbax.checkpoint"),
 }

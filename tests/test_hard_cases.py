@@ -199,7 +199,7 @@ def test_messages_that_name_the_way_out(checkpoint, tmp_path, capsys):
         ("show", str(checkpoint)): "no record of flips",
         ("ls", str(tmp_path / "ckpt_*.h5"), "--epoch", "5"): "does not exist",
         ("train", "./mine.py:made", "--epochs", "1", "--save", str(tmp_path / "s")): "as in mine:made",
-        ("diff", str(tmp_path), str(checkpoint)): "name a file in it",
+        ("diff", str(tmp_path), str(checkpoint)): "name a checkpoint in it",
     }
     for command, message in expected.items():
         assert run([*command]) in (1, 2)

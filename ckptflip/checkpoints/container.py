@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ckptflip.checkpoints import files
 from ckptflip.checkpoints.files import DIGEST_LIMIT, Progress
+from ckptflip.checkpoints.markers import is_checkpoint
 from ckptflip.checkpoints.target import Checkpoint
 from ckptflip.errors import CheckpointError, UsageError
 
@@ -23,12 +24,26 @@ _LONG_SUFFIXES = (
 )
 
 
+# What an ending promises.
+_KINDS = {
+    **dict.fromkeys((".h5", ".hdf5", ".hdf", ".he5"), "HDF5"),
+    **dict.fromkeys((".pt", ".pth", ".ckpt", ".bin"), "a PyTorch file"),
+    ".keras": "a Keras archive",
+    ".safetensors": "safetensors",
+    ".npz": "npz",
+    ".npy": "npy",
+    ".gguf": "GGUF",
+    ".onnx": "ONNX",
+    ".zarr": "zarr",
+}
+
+
 def flipped_name(path: Path) -> Path:
     """Where an altered checkpoint goes unless told otherwise.
 
     Example:
-        >>> str(flipped_name(Path("runs/model.weights.h5"))), str(flipped_name(Path("ckpt.pt")))
-        ('runs/model.flipped.weights.h5', 'ckpt.flipped.pt')
+        >>> str(flipped_name(Path("runs/model.weights.h5"))), str(flipped_name(Path("ckpt-5")))
+        ('runs/model.flipped.weights.h5', 'ckpt-5.flipped')
     """
     if path.is_dir():
         return path.with_name(f"{path.name}.flipped")
@@ -81,7 +96,19 @@ def check_new(out: Path, *, overwrite: bool, folder: bool) -> None:
     elif out.exists() and not out.is_dir():
         raise UsageError(f"{out} is a file, and the checkpoint a folder; name another with -o")
     elif out.exists() and not overwrite:
-        raise UsageError(f"{out} exists; name another with -o, or replace it with --overwrite")
+        raise UsageError(f"{out} exists; name another, or replace it with --overwrite")
+
+
+def _check_replaceable(out: Path) -> None:
+    """Refuse to replace a folder that is more than an old checkpoint: deleting it could not be taken back."""
+    if not out.is_dir():
+        return
+    if Path.cwd().resolve().is_relative_to(out.resolve()):
+        raise UsageError(f"{out} holds the working directory; leave it first, or name another folder")
+    if any(out.iterdir()) and not is_checkpoint(out):
+        raise UsageError(
+            f"{out} is a folder, but no checkpoint: it is not replaced, whatever it holds; name another"
+        )
 
 
 @contextlib.contextmanager
@@ -103,9 +130,13 @@ def copied(
         UsageError: files are in the way, or the name is of another kind.
         CheckpointError: something cannot be read or written; no new file is left.
     """
+    _check_kind(source, out)
     if source.folder is not None:
-        if out != source.path and out.resolve().is_relative_to(source.folder.resolve()):
-            raise UsageError(f"{out} lies in the checkpoint itself, {source.folder}; name a folder beside it")
+        own, wished = source.folder.resolve(), out.resolve()
+        if out != source.path and (wished.is_relative_to(own) or own.is_relative_to(wished)):
+            raise UsageError(
+                f"{out} holds, or lies in, the checkpoint itself, {source.folder}; name a folder beside it"
+            )
         with _new_folder(out, source.folder, overwrite=overwrite, progress=progress) as temporary:
             yield [temporary / f.relative_to(source.folder) for f in source.files]
         return
@@ -119,6 +150,18 @@ def copied(
             else:
                 temporary.write_bytes(new.data)
         yield temporaries
+
+
+def _check_kind(source: Checkpoint, out: Path) -> None:
+    """Refuse a name that promises another format: what is written is of the source's own."""
+    promised = _KINDS.get(out.suffix.lower())
+    if promised is None or out.suffix.lower() == source.path.suffix.lower():
+        return
+    if promised != _KINDS.get(source.path.suffix.lower(), promised) or source.folder is not None:
+        raise UsageError(
+            f"{out} is named like {promised}, and {source.path} is of another format ({source.format}); "
+            "give it the same ending, or use `ckptflip convert`"
+        )
 
 
 def _check_apart(source: Checkpoint, wanted: Sequence[Path], *, same: bool) -> None:
@@ -136,14 +179,20 @@ def _check_apart(source: Checkpoint, wanted: Sequence[Path], *, same: bool) -> N
 
 @contextlib.contextmanager
 def _new_folder(out: Path, source: Path, *, overwrite: bool, progress: Progress | None) -> Iterator[Path]:
-    check_new(out, overwrite=overwrite, folder=True)
+    # What a link stands for, not the link.
+    out = out.resolve() if out.is_symlink() else out
+    same = out.resolve() == source.resolve()
+    if not same:
+        check_new(out, overwrite=overwrite, folder=True)
+    _check_replaceable(out)
     temporary = files.temporary_beside(out)
     try:
         _copy_folder(source, temporary, progress)
         yield temporary
+        _copy_modes(source, temporary)
         if not out.exists():
             temporary.rename(out)
-        elif overwrite:
+        elif same or overwrite:
             files.swap(temporary, out)
         else:
             raise UsageError(f"{out} was created by another process meanwhile; name another with -o")
@@ -171,7 +220,16 @@ def _copy_folder(source: Path, target: Path, progress: Progress | None) -> None:
                 (here / name).symlink_to(each.readlink())
             elif each.is_file():
                 files.copy(each, here / name, progress)
-                (here / name).chmod(each.stat().st_mode & 0o7777)
             else:
                 raise CheckpointError(f"{each} is neither a file nor a folder: it cannot be copied")
-        here.chmod(Path(folder).stat().st_mode & 0o7777 | 0o700)
+
+
+def _copy_modes(source: Path, target: Path) -> None:
+    """Permissions come last: what may only be read could not be altered."""
+    for folder, _, names in os.walk(source, topdown=False):
+        here = target / Path(folder).relative_to(source)
+        for each in (*(Path(folder) / n for n in names), Path(folder)):
+            copy = here / each.name if each != Path(folder) else here
+            if copy.exists() and not copy.is_symlink():
+                # A folder stays writable for its owner: it still has to be renamed.
+                copy.chmod(each.stat().st_mode & 0o7777 | (0o700 if copy.is_dir() else 0))

@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from ckptflip.checkpoints.registry import is_checkpoint
+from ckptflip.checkpoints.markers import is_checkpoint, main_file
 from ckptflip.errors import CheckpointError, UsageError
 
 _FIELD = re.compile(r"\{epoch(?::(0?\d*)d)?\}")
 _NUMBER = re.compile(r"(?:epoch|ep|e)?[_\-.=]?(\d+)$", re.IGNORECASE)
+# One of the files of a set, not a checkpoint of an epoch.
+_SHARD = re.compile(r"-\d+-of-\d+|_\d{5}\.weights\.h5$")
 _SUFFIXES = frozenset(
     (
         *(".h5", ".hdf5", ".hdf", ".he5", ".keras", ".pt", ".pth", ".ckpt", ".bin", ".safetensors"),
@@ -59,7 +61,7 @@ def pick(checkpoint: str | Path, epoch: int | None) -> Path:
 def _in_folder(folder: Path, epoch: int | None) -> Path:
     by_epoch: dict[int, list[Path]] = {}
     for path in sorted(folder.iterdir()):
-        number = _NUMBER.search(_stem(path))
+        number = None if _SHARD.search(path.name) else _NUMBER.search(_stem(path))
         if number and (is_checkpoint(path) if path.is_dir() else path.suffix in _SUFFIXES | {".json"}):
             by_epoch.setdefault(int(number.group(1)), []).append(path)
     there = (
@@ -67,6 +69,9 @@ def _in_folder(folder: Path, epoch: int | None) -> Path:
         if by_epoch
         else "nothing in it is named after an epoch"
     )
+    inside = main_file(folder)
+    if not by_epoch and inside is not None:
+        raise UsageError(f"{folder} is a model's folder: name {inside}")
     if epoch is None:
         raise UsageError(f"{folder} is a folder: say which checkpoint with --epoch N ({there})")
     found = by_epoch.get(epoch, [])

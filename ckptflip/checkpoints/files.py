@@ -145,7 +145,7 @@ def check_new(path: Path, *, overwrite: bool) -> None:
     if path.exists() and not path.is_file():
         raise UsageError(f"{path} is a folder or a device, not a plain file; name another")
     if path.exists() and not overwrite:
-        raise UsageError(f"{path} exists; name another with -o, or replace it with --overwrite")
+        raise UsageError(f"{path} exists; name another, or replace it with --overwrite")
 
 
 def open_plain(path: Path) -> BinaryIO:
@@ -200,7 +200,7 @@ def _publish(temporary: Path, path: Path, *, overwrite: bool) -> None:
     try:
         os.link(temporary, path)
     except FileExistsError:
-        raise UsageError(f"{path} was created by another process meanwhile; name another with -o") from None
+        raise UsageError(f"{path} was created by another process meanwhile; name another") from None
     except OSError:
         temporary.replace(path)  # a file system without hard links
 

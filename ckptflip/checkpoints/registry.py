@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Protocol, cast
 from msgspec import Struct
 
 from ckptflip.checkpoints.files import locked
+from ckptflip.checkpoints.markers import FOLDERS, is_checkpoint, is_old_orbax, main_file
 from ckptflip.checkpoints.target import Checkpoint
 from ckptflip.errors import CheckpointError
 
@@ -40,17 +42,6 @@ _OPENERS = {
     "gguf": "ckptflip.checkpoints.gguf:open_checkpoint",
     "onnx": "ckptflip.checkpoints.onnx:open_checkpoint",
 }
-# A folder is a checkpoint of the first format one of whose markers it holds.
-_FOLDERS = (
-    (".metadata", "torch distributed"),
-    ("saved_model.pb", "tensorbundle"),
-    ("_CHECKPOINT_METADATA", "orbax"),
-    ("manifest.ocdbt", "orbax"),
-    ("_METADATA", "orbax"),
-    ("zarr.json", "zarr"),
-    (".zgroup", "zarr"),
-    (".zarray", "zarr"),
-)
 _INDICES = (
     (".weights.json", "keras sharded"),
     (".safetensors.index.json", "sharded"),
@@ -107,6 +98,9 @@ def find(path: Path) -> Found:
         index = path.with_name(f"{path.name}.index")
         if path.name and index.is_file():
             return _built_in("tensorbundle", index)
+        data = next(path.parent.glob(f"{glob.escape(path.name)}.data-*-of-*"), None) if path.name else None
+        if data is not None:
+            raise CheckpointError(f"{index}, the index of {data.name}, does not exist")
         raise CheckpointError(f"{path} does not exist")
     if not path.is_file():
         # Opening a pipe would wait for its other end.
@@ -125,11 +119,6 @@ def find(path: Path) -> Found:
     raise CheckpointError(_unknown(path, head))
 
 
-def is_checkpoint(folder: Path) -> bool:
-    """Whether a folder is one checkpoint, not a folder of several."""
-    return any((folder / marker).exists() for marker, _ in _FOLDERS) or _is_old_orbax(folder)
-
-
 def format_names() -> tuple[str, ...]:
     """The names of the formats of this package."""
     return tuple(_OPENERS)
@@ -142,7 +131,7 @@ def _built_in(name: str, path: Path, main: Path | None = None) -> Found:
 
 
 def _in_folder(folder: Path) -> Found:
-    for marker, name in _FOLDERS:
+    for marker, name in FOLDERS:
         main = folder / marker
         if not main.exists():
             continue
@@ -151,24 +140,14 @@ def _in_folder(folder: Path) -> Found:
             if not main.is_file():
                 raise CheckpointError(f"{folder} is a SavedModel without variables: nothing to alter")
         return _built_in(name, folder, main)
-    if _is_old_orbax(folder):
+    if is_old_orbax(folder):
         return _built_in("orbax", folder)
     other = _other(folder, b"")
     if other is not None:
         return other
-    raise CheckpointError(
-        f"{folder} is a folder, and no checkpoint itself: name a file in it, or with --epoch N one of its "
-        "checkpoints by epoch"
-    )
-
-
-def _is_old_orbax(folder: Path) -> bool:
-    """Whether a folder holds items of Orbax, one folder each, and nothing else that says so."""
-    if not any((each / "_METADATA").exists() for each in folder.iterdir() if each.is_dir()):
-        return False
-    from ckptflip.checkpoints import orbax
-
-    return orbax.recognises(folder)
+    inside = main_file(folder)
+    hint = f"name {inside}" if inside is not None else "name a checkpoint in it"
+    raise CheckpointError(f"{folder} is a folder, and no checkpoint itself: {hint}")
 
 
 def _by_bytes(
@@ -178,7 +157,8 @@ def _by_bytes(
     if head.startswith(HDF5_SIGNATURE):
         return "hdf5"
     if head.startswith(b"PK\x03\x04"):
-        return _zip(path)
+        # A file of a distributed checkpoint is several zips, one behind the other.
+        return None if path.suffix == ".distcp" else _zip(path)
     if head.startswith(b"\x93NUMPY"):
         return "npz"
     if head.startswith((b"GGUF", b"FUGG")):
@@ -250,9 +230,13 @@ def _unknown(path: Path, head: bytes) -> str:
     if ".data-" in path.name and "-of-" in path.name:
         index = f"{path.name.partition('.data-')[0]}.index"
         return f"{path} is part of a TensorFlow checkpoint: name its index, {path.with_name(index)}"
+    if is_checkpoint(path.parent):
+        return f"{path} is part of a checkpoint: name its folder, {path.parent}"
     from ckptflip.checkpoints.torch_zip import legacy_reason
 
-    return legacy_reason(path, head) or f"{path} is no checkpoint of a known format ({_looks_like(head)})"
+    return legacy_reason(path, head) or (
+        f"{path} is no checkpoint of a known format ({_looks_like(head)}); docs/formats/README.md lists them"
+    )
 
 
 def _looks_like(head: bytes) -> str:

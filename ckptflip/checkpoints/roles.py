@@ -1,4 +1,4 @@
-"""Guessing layer and role of a tensor from its name, by the conventions of Keras, PyTorch and Chainer.
+"""Guessing layer and role of a tensor from its name, as Keras, PyTorch, Chainer, Flax and optax give them.
 
 A guess, never a fact: selections by name are always possible, and `roles` in a policy only ever filters.
 """
@@ -33,12 +33,42 @@ _CONTAINERS = frozenset(
             "updater",
         ),
         *("state", "layers", "_layer_checkpoint_dependencies", "vars"),
+        *("batch_stats", "opt_state"),
     )
 )
 _RNG = frozenset(("rng", "rng_state", "rng_states", "seed_generator", "seed_generator_state"))
 _NO_LAYERS = _CONTAINERS | _RNG
 _COUNTERS = frozenset(
-    ("num_batches_tracked", "step", "steps", "iteration", "iterations", "epoch", "global_step", "t", "N")
+    (
+        *(
+            "num_batches_tracked",
+            "step",
+            "steps",
+            "iteration",
+            "iterations",
+            "epoch",
+            "global_step",
+            "t",
+            "N",
+        ),
+        *("_iterations", "save_counter"),
+    )
+)
+# Of optax; elsewhere a count may be anything.
+_OPTAX_COUNTERS = frozenset(("count", "mini_step", "gradient_step"))
+# What optax keeps for all parameters: the parameters' own tree is below.
+_TREES = frozenset(
+    (
+        *("mu", "nu", "nu_max", "trace", "momentum", "velocity", "m", "v", "v_row", "v_col"),
+        *("sum_of_squares", "ema", "acc_grads"),
+    )
+)
+_OPTIMIZERS = frozenset(("opt", "opt_state"))
+_KERAS_OPTIMIZERS = frozenset(
+    (
+        *("adam", "adamw", "adamax", "nadam", "sgd", "SGD", "rmsprop", "adagrad", "adadelta", "adafactor"),
+        *("ftrl", "lion", "lamb", "muon", "loss_scale_optimizer"),
+    )
 )
 # What PyTorch's optimizers keep for each parameter.
 _SLOTS = frozenset(
@@ -91,11 +121,21 @@ def guess(
     words = [*parts[:-1], *owner.split(".")]
     if variable in ("real", "imag") and owner:
         owner, _, variable = owner.rpartition(".")
-    layer = _layer(parts, owner, given)
-    return layer, _role(words, variable, number, ndim, siblings, owner, given)
+    is_state = _is_optimizers(words)
+    layer = _layer(parts, owner, given, is_state)
+    return layer, _role(words, variable, number, ndim, siblings, owner, given, is_state)
 
 
-def _layer(parts: list[str], owner: str, given: str) -> str:
+def _is_optimizers(words: list[str]) -> bool:
+    """Whether the parts of a path before the last one lead into an optimizer."""
+    for word in words:  # any() takes twice as long
+        if word in _OPTIMIZERS or word.startswith("optim"):
+            return True
+    # TensorFlow and Keras begin with the optimizer's own name: adam/iteration.
+    return words[0] in _KERAS_OPTIMIZERS
+
+
+def _layer(parts: list[str], owner: str, given: str, is_state: bool) -> str:
     if given:
         # An optimizer slot is named after its parameter: conv1.weight belongs to conv1.
         return given.rpartition(".")[0] or given
@@ -104,8 +144,30 @@ def _layer(parts: list[str], owner: str, given: str) -> str:
         # Keras 2 repeats the layer's name inside its own group; variables may lie deeper still.
         at = groups.index("model_weights") + 1
         return groups[at] if at < len(groups) else owner
-    named = [g for g in groups if g not in _NO_LAYERS and not g.isdecimal()]
-    return "/".join([*named, *([owner] if owner else [])])
+    if is_state:
+        # What is before the tree of parameters, such as a place in a chain of optimizers, is no layer's name.
+        at = next((i for i, g in enumerate(groups, 1) if g in _TREES), 0)
+        groups = groups[at:] if at else [g for g in groups if not g.isdecimal()]
+    named = _named(groups)
+    if owner:
+        named.append(owner)
+    return "/".join(named)
+
+
+def _named(groups: list[str]) -> list[str]:
+    """The parts that name a layer; a number does so too, together with the list that it is a place in."""
+    named: list[str] = []
+    last = ""
+    for group in groups:
+        if group.isdecimal():
+            if last == "layers":
+                named.append(last)
+            if last != "state":
+                named.append(group)
+        elif group not in _NO_LAYERS:
+            named.append(group)
+        last = group
+    return named
 
 
 def _role(
@@ -116,12 +178,15 @@ def _role(
     siblings: Collection[str],
     owner: str,
     given: str,
+    is_state: bool,
 ) -> str:
     if variable in _RNG or _RNG.intersection(words):
         return "rng"
     if variable in _COUNTERS and ndim <= 1:
         return "counter"
-    if variable in _SLOTS or any(w.startswith("optim") or w in ("opt", "opt_state") for w in words):
+    if is_state or variable in _SLOTS:
+        if variable in _OPTAX_COUNTERS and ndim <= 1 and not number.is_float:
+            return "counter"
         return "counter" if variable == "0" and ndim == 0 and not number.is_float else "optimizer"
     if variable in _STATISTICS:
         return "statistic"
@@ -129,7 +194,9 @@ def _role(
     is_norm = any(_is_norm(w) for w in [*nearest, *owner.split(".")[-1:], given] if w)
     if variable.isdecimal() and "vars" in words:
         return _keras3(int(variable), ndim, nearest, is_norm)
-    if variable in ("gamma", "beta"):
+    if variable in ("mean", "var") and (is_norm or "batch_stats" in words):
+        return "statistic"
+    if variable in ("gamma", "beta") or (variable == "scale" and is_norm):
         return "norm"
     is_bias = variable in ("bias", "b", "in_proj_bias") or variable.startswith("bias_")
     is_weight = variable in _WEIGHTS or _WEIGHT_LIKE.search(variable) is not None

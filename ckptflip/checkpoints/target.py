@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,10 +13,11 @@ from msgspec import Struct
 from numpy.typing import NDArray
 
 from ckptflip.checkpoints.patch import Patch
-from ckptflip.faults.catalogue import Tensor
+from ckptflip.faults.catalogue import Tensor, bare_name
 from ckptflip.faults.plan import runs
 from ckptflip.faults.record import ChecksumEntry, TensorEntry
 
+_NUMBERED_VARIABLE = re.compile(r"/vars/\d+$")
 CHECKSUM_MODES = ("repair", "leave")
 
 
@@ -31,14 +34,23 @@ class Skipped(Struct, frozen=True):
 
 
 def positions_by_name(tensors: Sequence[Tensor]) -> dict[str, int]:
-    """Where each name of a catalogue stands in it, aliases included; a tensor's own name goes first."""
+    """Where each name of a catalogue stands in it: a tensor's own name first, aliases, then bare names."""
     aliases = {alias: i for i, t in enumerate(tensors) for alias in t.aliases}
-    return aliases | {t.name: i for i, t in enumerate(tensors)}
+    named = aliases | {t.name: i for i, t in enumerate(tensors)}
+    # Without the container that a training loop keeps its model in: last, and only where that is one tensor.
+    bare = Counter(bare_name(t.name) for t in tensors)
+    return {n: i for i, t in enumerate(tensors) for n in [bare_name(t.name)] if bare[n] == 1} | named
 
 
 def position_of(tensor: Tensor | TensorEntry, names: Mapping[str, int]) -> int | None:
-    """Where a tensor of elsewhere stands among `positions_by_name`, by any of its names; None: nowhere."""
-    return next((names[n] for n in (tensor.name, *tensor.aliases) if n in names), None)
+    """Where a tensor of elsewhere stands among `positions_by_name`, by any of its names; None: nowhere.
+
+    Keras numbers layers without a name anew in every process (``dense_2`` where another run had ``dense``),
+    so the paths in its files, which count from the model's first layer, go before names.
+    """
+    by_path = (a for a in tensor.aliases if _NUMBERED_VARIABLE.search(a))
+    known = (*by_path, tensor.name, *tensor.aliases, bare_name(tensor.name))
+    return next((names[n] for n in known if n in names), None)
 
 
 class Changes(Struct, frozen=True, eq=False):

@@ -25,15 +25,15 @@ def command(
     The suffix of OUT says its format: .h5, .safetensors, .npz, or .pt (.pth, .bin, .ckpt). Tensors alone are
     carried over: no settings, no text, no code.
     """
-    from ckptflip.cli.output import say
+    from ckptflip.cli.output import many, say
     from ckptflip.conversion import convert
 
     with progress_bar(ckpt, "converting") as progress:
         done = convert(
             ckpt, out, tensors=tensors, layers=layers, roles=roles, overwrite=overwrite, progress=progress
         )
-    say(f"{ckpt} → {out}: {done.tensors} tensors, {done.nbytes} bytes")
+    say(f"{ckpt} → {out}: {many(done.tensors, 'tensor')}, {many(done.nbytes, 'byte')}")
     if done.lost_names:
-        say(f"{len(done.lost_names)} other names of these tensors were left out ({done.lost_names[0]} …)")
+        say(f"{many(len(done.lost_names), 'other name')} of these tensors left out ({done.lost_names[0]} …)")
     if done.skipped:
-        say(f"{len(done.skipped)} entries that are no tensors were left out (`ckptflip ls` says why)")
+        say(f"{many(len(done.skipped), 'entry', 'entries')} left out: no tensors (`ckptflip ls` says why)")

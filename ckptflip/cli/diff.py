@@ -31,7 +31,7 @@ def command(
     """
     from msgspec import structs
 
-    from ckptflip.cli.output import emit, say
+    from ckptflip.cli.output import emit, many, say
     from ckptflip.compare import diff, has_difference
 
     with progress_bar(a, "comparing") as progress:
@@ -40,5 +40,6 @@ def command(
     emit([structs.asdict(r) for r in shown], COLUMNS, form)
     words, bits = sum(r.words for r in rows), sum(r.bits for r in rows)
     same = sum(r.status == "same" for r in rows)
-    say(f"{same} of {len(rows)} tensors are the same; {words} words and {bits} bits differ")
+    differ = f"{many(words, 'word')} and {many(bits, 'bit')} differ"
+    say(f"{same} of {many(len(rows), 'tensor')} are the same; {differ}")
     ctx.exit(3 if has_difference(rows) else 0)

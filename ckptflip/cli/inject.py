@@ -46,4 +46,6 @@ def command(ckpt: str, output: str | None, epoch: int | None, form: str, **given
     with options.progress_bar(path, "copying") as progress:
         record = inject(path, out=output, progress=progress, **given)
     summarise(record, form)
-    said(record, dry_run=given["dry_run"])
+    said(
+        record, dry_run=given["dry_run"], source=path, output=options.written(path, output, given["in_place"])
+    )

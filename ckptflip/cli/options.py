@@ -171,6 +171,15 @@ def picked(checkpoint: str, epoch: int | None) -> Path:
     return pick(checkpoint, epoch)
 
 
+def written(source: Path, output: str | None, in_place: bool) -> Path | None:
+    """The new checkpoint's name; None when the old one was altered."""
+    from ckptflip.checkpoints.container import flipped_name
+
+    if in_place:
+        return None
+    return Path(output) if output is not None else flipped_name(source)
+
+
 epoch_option = click.option(
     "--epoch", type=int, metavar="N", help="When CKPT is a folder, or a pattern such as ckpt_{epoch:03d}.h5."
 )

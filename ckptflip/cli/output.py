@@ -90,3 +90,13 @@ def _csv(rows: Iterable[dict[str, Any]], columns: Sequence[str]) -> None:
             [",".join(map(str, v)) if isinstance(v, tuple | list) else v for v in (row[c] for c in columns)]
         )
     click.echo(buffer.getvalue(), nl=False)
+
+
+def many(count: int, noun: str, plural: str | None = None) -> str:
+    """A number with its noun.
+
+    Example:
+        >>> many(1, "word"), many(2, "entry", "entries")
+        ('1 word', '2 entries')
+    """
+    return f"{count} {noun if count == 1 else plural or noun + 's'}"

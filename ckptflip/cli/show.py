@@ -10,6 +10,8 @@ import click
 from ckptflip.cli.options import format_option
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from ckptflip.faults.record import Record
 
 FIELDS = ("sign", "critical", "exponent", "mantissa", "value")
@@ -49,25 +51,35 @@ def summarise(record: Record, form: str) -> None:
     emit(list(_by_tensor(record)), COLUMNS, form)
 
 
-def said(record: Record, *, dry_run: bool = False) -> None:
-    """Say the totals of a record, and where things are, on standard error."""
-    from ckptflip.cli.output import say
+def said(
+    record: Record, *, dry_run: bool = False, source: Path | None = None, output: Path | None = None
+) -> None:
+    """Say the totals of a record, and where things are, on standard error.
+
+    Args:
+        record: what was done.
+        dry_run: nothing was written.
+        source: the checkpoint as it was named, where that is known.
+        output: the new one likewise; None: it was altered in place.
+    """
+    from ckptflip.cli.output import many, say
 
     header, counts = record.header, record.header.counts
     seed = f"seed {header.seed}" if header.seed is not None else f"replay of {header.replay_of}"
     say(
-        f"{_many(counts.bits_hit, 'bit')} hit in {_many(counts.words_hit, 'word')} "
-        f"of {_many(counts.tensors, 'tensor')}; "
-        f"{_many(counts.bits_effective, 'bit')} effective ({seed})"
+        f"{many(counts.bits_hit, 'bit')} hit in {many(counts.words_hit, 'word')} "
+        f"of {many(counts.tensors, 'tensor')}; "
+        f"{many(counts.bits_effective, 'bit')} effective ({seed})"
     )
+    if header.ranks:
+        say(f"ranks: {', '.join(map(str, header.ranks))}")
     if dry_run:
         say("dry run: nothing was written")
+    elif record.path and source is not None:
+        done = f"{source} was altered in place" if output is None else f"{source} → {output}"
+        say(f"{done}, record {record.path}")
     elif record.path:
-        say(f"{header.checkpoint} → {header.output}, record {record.path}")
-
-
-def _many(count: int, noun: str) -> str:
-    return f"{count} {noun}{'s' * (count != 1)}"
+        say(f"{header.checkpoint} → {header.output}, checksums: {header.checksum}")
 
 
 def _by_tensor(record: Record) -> Iterator[dict[str, Any]]:

@@ -21,15 +21,15 @@ def command(ckpt: str, record: str, output: str | None, overwrite: bool) -> None
     neither what the record says it was nor what it became.
     """
     from ckptflip.alter import undo
-    from ckptflip.cli.output import say
+    from ckptflip.cli.output import many, say
 
     with progress_bar(ckpt, "copying") as progress:
         done = undo(ckpt, record, out=output, overwrite=overwrite, progress=progress)
-    say(f"{output or ckpt}: {done.restored} words restored, {done.already} had their value already")
+    say(f"{output or ckpt}: {many(done.restored, 'word')} restored, {done.already} had their value already")
     if done.digest_matches:
-        say("the file is the original, byte for byte")
+        say("it is the original, byte for byte")
     elif done.digest_matches is False:
         say(
-            "every recorded word has its value back; other bytes of the file differ from the original "
-            "(a compressed or otherwise encoded layout was written anew)"
+            "every recorded word has its value back; other bytes differ from the original "
+            "(an index, or a compressed or otherwise encoded layout, was written anew)"
         )

@@ -92,12 +92,28 @@ def listed(given: str | Iterable[str]) -> tuple[str, ...]:
     return (given,) if isinstance(given, str) else tuple(given)
 
 
+# Outermost keys under which training loops keep a model: its tensors are known by the rest of their names.
+_OUTERMOST = ("model", "model_state_dict", "state_dict", "params", "module", "weights")
+
+
+def bare_name(name: str) -> str:
+    """A name without the outermost container of a model.
+
+    Example:
+        >>> bare_name("state_dict/conv1.weight"), bare_name("params/conv1/kernel"), bare_name("conv1/kernel")
+        ('conv1.weight', 'conv1/kernel', 'conv1/kernel')
+    """
+    outer, slash, rest = name.partition("/")
+    return rest if slash and rest and outer in _OUTERMOST else name
+
+
 def matches(name: str, pattern: str) -> bool:
     """Whether a glob selects a name: all of it, or a part of it that ends at a ``/`` or a ``.``.
 
-    A pattern without ``/`` may also match from the start of the name's last path component. So ``conv1``
-    selects ``model/conv1.weight`` and never ``model/conv10.weight``. A name always selects itself, also one
-    with brackets such as ``groups[0]``.
+    The outermost container of a model (``model/``, ``state_dict/``, ``params/`` …) may be left out, and a
+    pattern without ``/`` may also match from the start of the name's last path component. So ``conv1``
+    selects ``model/conv1.weight`` and ``params/conv1/kernel``, and never ``model/conv10.weight``. A name
+    always selects itself, also one with brackets such as ``groups[0]``.
 
     Example:
         >>> matches("model/conv1.weight", "conv1"), matches("model/conv10.weight", "conv1")
@@ -120,7 +136,7 @@ class _Glob:
 
     def __call__(self, name: str) -> bool:
         name = name.strip("/")
-        if name == self._literal or self._match(name):
+        if name == self._literal or self._match(name) or self._match(bare_name(name)):
             return True
         return self._bare and self._match(name.rpartition("/")[2]) is not None
 
@@ -203,8 +219,12 @@ def _no_match(glob: str, option: str, known: set[str]) -> str:
 
     names = sorted(n for n in known if n)
     spoken = {part: n for n in names for part in (n, *n.split("/"), n.rpartition(".")[0])}
-    near = difflib.get_close_matches(glob, [*spoken], 1, cutoff=0.5)
-    if near:
+    # A part that is spelt right is no answer: then the whole name is.
+    holding = next((n for n in names if glob in re.split(r"[/.]", n)), None)
+    near = difflib.get_close_matches(glob, [p for p in spoken if p != glob], 1, cutoff=0.5)
+    if holding is not None:
+        hint = f"did you mean {holding!r}?"
+    elif near:
         hint = f"did you mean {near[0]!r}?"
     elif names:
         hint = f"there are {', '.join(names[:4])}{' …' if len(names) > 4 else ''}"

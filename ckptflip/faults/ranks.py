@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -12,6 +13,9 @@ from ckptflip.faults import sampling
 from ckptflip.faults.catalogue import Tensor
 from ckptflip.faults.elements import Axis, Elements
 from ckptflip.faults.stream import Stream
+
+if TYPE_CHECKING:
+    from ckptflip.faults.policy import Policy
 
 _SOME = re.compile(r"(\d+)\s+of\s+(\d+)")
 _RANGE = re.compile(r"(\d+)(?:-(\d+))?")
@@ -60,6 +64,14 @@ def chosen(spec: str, tensors: Sequence[Tensor], seed: int, position: int) -> fr
         raise SelectionError(f"ranks {spec!r}: {len(present)} ranks wrote this checkpoint")
     drawn = sampling.distinct(Stream(seed, position + _OWN_KEY), of, count)
     return frozenset(present[i] for i in drawn.tolist())
+
+
+def of_policies(policies: Sequence[Policy], tensors: Sequence[Tensor], seed: int | None) -> tuple[int, ...]:
+    """The ranks that policies hit, those drawn by the seed included; () where none names any."""
+    named = [(i, p.ranks) for i, p in enumerate(policies) if p.ranks is not None]
+    if seed is None or not named:
+        return ()
+    return tuple(sorted({rank for i, spec in named for rank in chosen(spec, tensors, seed, i)}))
 
 
 def within(elements: Elements, tensor: Tensor, ranks: frozenset[int]) -> list[Elements]:

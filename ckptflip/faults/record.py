@@ -75,6 +75,7 @@ class Header(msgspec.Struct, frozen=True, kw_only=True):
         checksum: ``repair`` or ``leave``.
         seed: of the draw; None for a replay.
         policies: what was drawn; empty for a replay.
+        ranks: of a distributed run, whose parts alone could be hit; empty where none were named.
         replay_of: the record that was replayed, or None.
         size: bytes of all files that were read.
         digest_before: of what was read, or None when it was too large to digest in passing.
@@ -100,6 +101,7 @@ class Header(msgspec.Struct, frozen=True, kw_only=True):
     checksums: tuple[ChecksumEntry, ...] = ()
     versions: dict[str, str] = {}
     replay_of: str | None = None
+    ranks: tuple[int, ...] = ()
     digest_before: str | None = None
     digest_after: str | None = None
 

@@ -129,11 +129,12 @@ def test_a_folder_is_copied_whole(folder: Path, tmp_path: Path) -> None:
 
 def test_a_folder_in_the_way(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "bad.zarr").mkdir()
-    (tmp_path / "bad.zarr" / "mine").write_text("mine")
     with pytest.raises(UsageError, match=r"bad\.zarr exists"):
         ckptflip.inject(folder, out=tmp_path / "bad.zarr", seed=1)
-    ckptflip.inject(folder, out=tmp_path / "bad.zarr", seed=1, overwrite=True)
-    assert names(tmp_path / "bad.zarr") == names(folder)
+    for seed in (1, 2):  # an empty folder, and then an old checkpoint, may be replaced
+        record = ckptflip.inject(folder, out=tmp_path / "bad.zarr", seed=seed, overwrite=True)
+        assert names(tmp_path / "bad.zarr") == names(folder)
+        assert [r.bits for r in ckptflip.diff(folder, tmp_path / "bad.zarr")] == [record.bits_effective]
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UsageError, match="is a file, and the checkpoint a folder"):
         ckptflip.inject(folder, out=tmp_path / "file", seed=1, overwrite=True)
@@ -145,6 +146,70 @@ def test_a_folder_into_itself(folder: Path) -> None:
         with pytest.raises(UsageError):
             ckptflip.inject(folder, out=out, seed=1, overwrite=True)
     assert names(folder) == before
+
+
+def test_a_folder_of_other_things_is_never_replaced(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "thesis.tex").write_text("years of work")
+    (tmp_path / "runs" / "step.zarr").parent.mkdir()
+    folder.rename(tmp_path / "runs" / "step.zarr")
+    folder = tmp_path / "runs" / "step.zarr"
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    for out, hint in (
+        (tmp_path / "results", "is a folder, but no checkpoint"),
+        (tmp_path / "runs", "holds, or lies in, the checkpoint itself"),
+        (tmp_path, "holds, or lies in, the checkpoint itself"),
+    ):
+        with pytest.raises(UsageError, match=hint):
+            ckptflip.inject(folder, out=out, seed=1, overwrite=True, record=tmp_path.parent / "r.jsonl")
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    ckptflip.inject(folder, out=tmp_path / "old.zarr", seed=1)
+    monkeypatch.chdir(tmp_path / "old.zarr")
+    with pytest.raises(UsageError, match="working directory"):
+        ckptflip.inject(folder, out=tmp_path / "old.zarr", seed=1, overwrite=True)
+
+
+def test_a_link_to_a_folder_stays_a_link(folder: Path, tmp_path: Path) -> None:
+    coded = zarr.open_group(tmp_path / "coded.zarr", mode="w", zarr_format=3)
+    coded.create_array("w", data=np.ones((4, 4), "f4"), chunks=(2, 4))
+    for target in (folder, tmp_path / "coded.zarr"):
+        link = tmp_path / f"link-{target.name}"
+        link.symlink_to(target.name)
+        before = ckptflip.scan(target)
+        record = ckptflip.inject(link, in_place=True, bits="critical", seed=1)
+        assert link.is_symlink() and not target.is_symlink()
+        assert ckptflip.scan(target) != before
+        assert record.path is not None
+        ckptflip.undo(link, record.path)
+        assert link.is_symlink() and ckptflip.scan(target) == before
+
+
+def test_a_folder_that_may_only_be_read_is_copied(folder: Path, tmp_path: Path) -> None:
+    for each in (*folder.rglob("*"), folder):
+        each.chmod(0o555 if each.is_dir() else 0o444)
+    ckptflip.inject(folder, out=tmp_path / "bad.zarr", seed=1)
+    modes = {(p.stat().st_mode & 0o777) for p in (tmp_path / "bad.zarr").rglob("*") if p.is_file()}
+    assert modes == {0o444}
+
+
+def test_the_working_directory_as_the_checkpoint(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    record = ckptflip.inject(".", seed=1)
+    assert record.header.output == "m.zarr.flipped" and (tmp_path / "m.zarr.flipped").is_dir()
+    assert ckptflip.inject("../m.zarr", in_place=True, seed=1).bits_effective == 1
+
+
+@pytest.mark.parametrize("name", ["a.npz", "a.h5", "a.keras", "a.pt"])
+def test_a_name_that_promises_another_format(shards: Path, name: str) -> None:
+    source = shards.with_name("model-00001-of-00002.safetensors")
+    with pytest.raises(UsageError, match="ckptflip convert"):
+        ckptflip.inject(source, out=shards.with_name(name), seed=1)
+    assert not shards.with_name(name).exists()
+    ckptflip.inject(source, out=shards.with_name("a.weights"), seed=1)
 
 
 def test_links_that_leave_the_folder_are_refused(folder: Path, tmp_path: Path) -> None:

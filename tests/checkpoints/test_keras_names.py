@@ -470,3 +470,21 @@ def test_whatever_a_file_says_names_are_unique_and_nothing_is_lost(groups, raw):
             assert (before.shape, before.number) == (after.shape, after.number)
             assert before.name in (after.name, *after.aliases) or before.name in taken
             assert not taken & set(after.aliases)
+
+
+def test_layers_that_keras_numbered_anew_are_paired_by_their_place(tmp_path):
+    """`dense`, `dense_1` of one process are `dense_1`, `dense_2` of another."""
+    import h5py
+
+    import ckptflip
+
+    for file_name, first in (("a.weights.h5", 0), ("b.weights.h5", 1)):
+        with h5py.File(tmp_path / file_name, "w") as file:
+            for i in range(2):
+                group = file.create_group(f"layers/dense{'_1' * i}/vars")
+                group.attrs["name"] = f"dense_{first + i}" if first + i else "dense"
+                group["0"], group["1"] = np.full((3, 3), i, "f4"), np.zeros(3, "f4")
+    assert {r.status for r in ckptflip.diff(tmp_path / "a.weights.h5", tmp_path / "b.weights.h5")} == {"same"}
+    record = ckptflip.inject(tmp_path / "a.weights.h5", tensors="dense_1/kernel", seed=1)
+    replayed = ckptflip.replay(record, tmp_path / "b.weights.h5")
+    assert [t.name for t in replayed.header.tensors] == ["dense_2/kernel"]

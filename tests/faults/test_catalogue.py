@@ -114,3 +114,31 @@ def test_a_tensor_counts_its_words_and_bytes():
     assert (packed.size, packed.words, packed.nbytes) == (9, 9, 9)
     assert (step.size, step.words, step.nbytes) == (1, 1, 8)
     assert tensor("x", (2,), order=">").dtype == ">float32"
+
+
+@pytest.mark.parametrize(
+    ("glob", "selected", "others"),
+    [
+        (
+            "conv1",
+            ["model/conv1.weight", "params/conv1/kernel", "conv1/bias", "state_dict/conv1.weight"],
+            ["model/conv10.weight", "model/block.conv1.weight", "params/block/conv1/kernel"],
+        ),
+        ("*conv1", ["model/conv1.weight", "model/block.conv1.weight"], ["model/conv10.weight"]),
+        (
+            "dense/kernel",
+            ["dense/kernel", "model/dense/kernel"],
+            ["encoder/dense/kernel", "adam/momentum of dense/kernel"],
+        ),
+        ("model", ["model/conv1.weight"], ["optimizer/state/0/exp_avg", "models/conv1.weight"]),
+        ("*.weight", ["fc.weight", "model/fc.weight"], ["fc.bias"]),
+    ],
+)
+def test_the_globs_of_the_page(glob, selected, others):
+    assert [n for n in [*selected, *others] if matches(n, glob)] == selected
+
+
+def test_a_suggestion_is_never_what_was_asked():
+    tensors = [tensor(n, (1,)) for n in ("a/block/conv2/weight", "b/other")]
+    with pytest.raises(SelectionError, match="did you mean 'a/block/conv2/weight'"):
+        select(tensors, names=["conv2"])

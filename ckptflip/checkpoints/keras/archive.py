@@ -60,7 +60,8 @@ class Archive:
             except OSError as why:
                 raise CheckpointError(f"{path} cannot be read: {why.strerror or why}") from None
             archive = members(self._file.fileno(), path)
-            naming = partial(_named, model=_model(path, archive))
+            self.model = _model(path, archive)
+            naming = partial(_named, model=self.model)
             self._member = _weights(path, archive)
             if self._member.method == DEFLATED:
                 unpacked = held.enter_context(tempfile.TemporaryFile())
@@ -72,6 +73,7 @@ class Archive:
             self._weights = HDF5Checkpoint(path, window, naming)
             held.callback(self._weights.close)
             self._held = held.pop_all()
+        self.marks = self._weights.marks
         self.tensors: Sequence[Tensor] = self._weights.tensors
         if self._member.method == DEFLATED:
             self.tensors = [replace(t, layout=f"{t.layout}, deflated", offset=None) for t in self.tensors]

@@ -52,7 +52,7 @@ def read_database(folder: Path, files: Mapping[str, tuple[int, int]]) -> Databas
         MissingExtraError: TensorStore is missing.
         DamagedError: the database is damaged, or refers to other files.
     """
-    base = _opened({"driver": "file", "path": f"{folder}/"})
+    base = _opened({"driver": "file", "path": f"{folder.resolve()}/"})
     left = _MOST_DECODED - _bound(folder / MANIFEST, 0, files[MANIFEST][1])
     versions = _dumped(base, None).get("versions")
     if not versions:
@@ -188,7 +188,7 @@ class Ocdbt:
         """See `Store.writing`. All new values come with one new version of the database."""
         folder = root / self._below if self._below else root
         try:
-            base = {"driver": "file", "path": f"{folder}{os.sep}"}
+            base = {"driver": "file", "path": f"{folder.resolve()}{os.sep}"}
             with _tensorstore().Transaction() as transaction:
                 yield _Values(_opened({"driver": "ocdbt", "base": base}).with_transaction(transaction))
         except (ValueError, OSError) as why:

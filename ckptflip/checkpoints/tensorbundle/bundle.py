@@ -9,6 +9,7 @@ from pathlib import Path
 from ckptflip.checkpoints.files import open_plain
 from ckptflip.checkpoints.laid import LaidOut
 from ckptflip.checkpoints.listing import DamagedError
+from ckptflip.checkpoints.pieces import Layout
 from ckptflip.checkpoints.protobuf import ProtobufError, varint
 from ckptflip.checkpoints.target import Checkpoint, NewFile, Skipped
 from ckptflip.checkpoints.tensorbundle import graph, naming, places
@@ -65,7 +66,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     shards = _shards(index, parsed)
     positions = {shard: i for i, shard in enumerate(shards, 1)}
     try:
-        places.check_places(parsed, {shard: _size(p) for shard, p in shards.items()})
+        places.check_places(parsed, shards)
         found, skipped = places.placed(parsed, positions)
     except DamagedError as why:
         raise CheckpointError(f"{index} is damaged: {why}") from None
@@ -74,13 +75,14 @@ def open_checkpoint(path: Path) -> Checkpoint:
         remark = Skipped(as_text(graph.KEY), variables)
         skipped = [s if s.name != remark.name else remark for s in skipped]
         variables = {}
+    tensors, layouts, copies = _catalogue(found, variables)
     return LaidOut(
         path,
         "tensorbundle",
         [index, *shards.values()],
-        _catalogue(found, variables),
-        [f.layout for f in found],
-        skipped=skipped,
+        tensors,
+        layouts,
+        skipped=[*skipped, *copies],
         seals=places.seals(parsed, positions),
         folder=path if path.is_dir() else None,
         renaming=partial(_renamed, list(shards), parsed.shards),
@@ -137,29 +139,36 @@ def _renamed(shards: Iterable[int], count: int, out: Path) -> Sequence[NewFile]:
     return [NewFile(index), *(NewFile(_shard(index, shard, count)) for shard in shards)]
 
 
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError as why:
-        raise CheckpointError(f"{path} cannot be read: {why.strerror}") from None
-
-
-def _catalogue(found: Sequence[Placed], variables: dict[str, graph.Variable]) -> list[Tensor]:
-    keys = [naming.Key(f.key, f.layout.number, len(f.shape)) for f in found]
-    return [
-        Tensor(
-            n.name,
-            f.shape,
-            f.layout.number,
-            f.layout.order,
-            n.layer,
-            n.role,
-            n.aliases,
-            f.how,
-            f.layout.pieces[0].offset if len(f.layout.pieces) == 1 else None,
+def _catalogue(
+    found: Sequence[Placed], variables: dict[str, graph.Variable]
+) -> tuple[list[Tensor], list[Layout], list[Skipped]]:
+    """The tensors, where their words lie, and the copies that nothing uses."""
+    keys = [naming.Key(f.key, f.layout.number, f.shape) for f in found]
+    tensors: list[Tensor] = []
+    layouts: list[Layout] = []
+    copies: list[Skipped] = []
+    for each, named in zip(found, naming.named(keys, variables), strict=True):
+        layout = each.layout
+        if named.copy_of:
+            why = f"a second copy of {named.copy_of} that loading does not use"
+            copies.append(Skipped(named.name, why))
+            continue
+        offset = layout.pieces[0].offset if len(layout.pieces) == 1 else None
+        layouts.append(layout)
+        tensors.append(
+            Tensor(
+                named.name,
+                each.shape,
+                layout.number,
+                layout.order,
+                named.layer,
+                named.role,
+                named.aliases,
+                each.how,
+                offset,
+            )
         )
-        for f, n in zip(found, naming.named(keys, variables), strict=True)
-    ]
+    return tensors, layouts, copies
 
 
 def _graph(parsed: Index, shards: dict[int, Path]) -> dict[str, graph.Variable] | str:

@@ -31,12 +31,12 @@ class Key(Struct, frozen=True):
     Attributes:
         key: its key, as text.
         number: the format of an element.
-        ndim: how many axes it has.
+        shape: elements along each axis.
     """
 
     key: str
     number: NumberFormat
-    ndim: int
+    shape: tuple[int, ...]
 
 
 class Named(Struct, frozen=True):
@@ -47,12 +47,14 @@ class Named(Struct, frozen=True):
         aliases: other names that no other tensor has.
         layer: guessed; may be empty.
         role: guessed.
+        copy_of: the tensor that this is a copy of, if nothing uses the copy; else "".
     """
 
     name: str
     aliases: tuple[str, ...]
     layer: str
     role: str
+    copy_of: str = ""
 
 
 class _Known(Struct, frozen=True):
@@ -65,7 +67,7 @@ class _Known(Struct, frozen=True):
         path: the name that tells most of what it is for.
         of: the tensor that this is an optimizer's memory of.
         is_state: whether it belongs to an optimizer.
-        is_copy: whether it is a copy that nothing uses.
+        is_copy: whether it is a copy that nothing uses, of a tensor of the same full name.
     """
 
     key: Key
@@ -94,9 +96,16 @@ def named(keys: Sequence[Key], graph: Mapping[str, Variable]) -> list[Named]:
     uses = Counter(k.name for k in known)
     uses.update(o for each in others for o in each)
     made = []
-    for each, aliases in zip(known, others, strict=True):
+    for each, others_of in zip(known, others, strict=True):
         layer, role = _guessed(each, by_key, groups)
-        made.append(Named(each.name, tuple(a for a in aliases if uses[a] == 1), layer, role))
+        names = [each.name, *(o for o in others_of if uses[o] == 1)]
+        full = each.variable.full_name
+        if each.path == full and full in names:
+            # What the variable is really called comes first: some formats keep one name only.
+            names.remove(full)
+            names.insert(0, full)
+        copy_of = full if each.is_copy else ""
+        made.append(Named(names[0], tuple(names[1:]), layer, role, copy_of))
     return made
 
 
@@ -106,6 +115,7 @@ def _known(keys: Sequence[Key], graph: Mapping[str, Variable]) -> list[_Known]:
     full = Counter(v.full_name for key, v in graph.items() if not key.startswith(_COPIES))
     # A layer that was built outside its model has no name of its own: others are called the same.
     unsure = {name.rpartition("/")[0] for name, count in full.items() if count > 1}
+    copied = _copied(keys, graph)
     known = []
     for key in keys:
         short = key.key.removesuffix(_SUFFIX)
@@ -113,9 +123,23 @@ def _known(keys: Sequence[Key], graph: Mapping[str, Variable]) -> list[_Known]:
         variable = graph.get(key.key, nothing)
         path = _speaking(name, variable, unsure)
         of, is_state = _memory(key.key, name, variable, taken)
-        is_copy = name.startswith(_COPIES) and variable.full_name in full
+        is_copy = name.startswith(_COPIES) and _kind(key, variable) in copied
         known.append(_Known(key, name, variable, path, of, is_state, is_copy))
     return known
+
+
+def _kind(key: Key, variable: Variable) -> tuple[str, str, tuple[int, ...]]:
+    """What a variable and its copy have in common."""
+    return variable.full_name, key.number.name, key.shape
+
+
+def _copied(keys: Sequence[Key], graph: Mapping[str, Variable]) -> set[tuple[str, str, tuple[int, ...]]]:
+    """What there are copies of: no more copies than variables of the same name, dtype and shape."""
+    surplus: Counter[tuple[str, str, tuple[int, ...]]] = Counter()
+    for key in keys:
+        if key.key in graph:
+            surplus[_kind(key, graph[key.key])] += -1 if key.key.startswith(_COPIES) else 1
+    return {kind for kind, count in surplus.items() if count >= 0 and kind[0] not in _UNNAMED}
 
 
 def _speaking(name: str, variable: Variable, unsure: set[str]) -> str:
@@ -187,8 +211,8 @@ def _guessed(known: _Known, by_key: Mapping[str, _Known], groups: Mapping[str, s
         return _layer(owner, "") if owner else "", "optimizer"
     # Keras keeps a kernel as _kernel.
     path = f"{group}/{leaf.lstrip('_')}"
-    layer, role = guess(path, known.key.number, known.key.ndim, groups[group])
-    return _layer(known, layer), "other" if known.is_copy else role
+    layer, role = guess(path, known.key.number, len(known.key.shape), groups[group])
+    return _layer(known, layer), role
 
 
 def _layer(known: _Known, guessed: str) -> str:

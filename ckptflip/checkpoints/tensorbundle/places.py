@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from msgspec import Struct
 
@@ -14,6 +15,7 @@ from ckptflip.checkpoints.seals import Seal
 from ckptflip.checkpoints.target import Skipped
 from ckptflip.checkpoints.tensorbundle.entries import Index, Saved
 from ckptflip.checkpoints.tensorbundle.slices import KEY_START, MOST_SLICES, Box, box, cover, slice_key
+from ckptflip.errors import CheckpointError
 
 STRING = 7
 # TensorFlow's DataType. All take whole bytes, also those of fewer bits.
@@ -74,29 +76,38 @@ def as_text(key: bytes) -> str:
     return key.decode("utf-8", "backslashreplace")
 
 
-def check_places(index: Index, sizes: Mapping[int, int]) -> None:
+def check_places(index: Index, files: Mapping[int, Path]) -> None:
     """Check that all entries lie in their data files, apart from each other.
 
     Args:
         index: what the index says.
-        sizes: bytes of each data file that an entry names.
+        files: the data files, all that an entry names among them.
 
     Raises:
-        DamagedError: one does not.
+        CheckpointError: a data file ends before an entry does, or cannot be read.
+        DamagedError: two entries overlap.
     """
+    sizes = {shard: _size(path) for shard, path in files.items()}
     ranges: dict[int, list[tuple[int, int, str]]] = {}
     for saved in index.saved:
         if saved.slices:
             continue
         end = saved.offset + saved.size
         if end > sizes[saved.shard]:
-            raise DamagedError(
-                f"{as_text(saved.key)!r} would lie at bytes {saved.offset} to {end} of data file "
-                f"{saved.shard}, which has {sizes[saved.shard]} bytes"
+            raise CheckpointError(
+                f"{files[saved.shard]} is truncated: it has {sizes[saved.shard]} bytes, and its index says that "
+                f"{as_text(saved.key)!r} lies at bytes {saved.offset} to {end}. Copy or download it again"
             )
         ranges.setdefault(saved.shard, []).append((saved.offset, end, as_text(saved.key)))
     for each in ranges.values():
         check_apart(each)
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError as why:
+        raise CheckpointError(f"{path} cannot be read: {why.strerror}") from None
 
 
 def placed(index: Index, files: Mapping[int, int]) -> tuple[list[Placed], list[Skipped]]:

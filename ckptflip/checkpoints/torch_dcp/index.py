@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from ckptflip.checkpoints.files import open_plain
 from ckptflip.checkpoints.listing import DamagedError
@@ -52,23 +52,36 @@ class Entry(Struct, frozen=True):
     Attributes:
         name: parts of its place in the state joined by ``/``.
         full_name: its name in the index (fully qualified name).
-        parameter: for optimizer state, the parameter's name, or "".
+        path: the keys that lead to it in the state.
+        position: its place in the order of the state, as far as known: ranks share out what they all have, so
+            the order of the index tells nothing.
         shape: of the whole.
         chunks: its boxes.
     """
 
     name: str
     full_name: str
-    parameter: str
+    path: tuple[str, ...]
+    position: int
     shape: tuple[int, ...]
     chunks: tuple[Chunk, ...]
 
 
+class Item(Struct, frozen=True):
+    """A pickled value of an optimizer's parameter groups: the keys that lead to it, and where it lies."""
+
+    path: tuple[str, ...]
+    file: str
+    offset: int
+    length: int
+
+
 class Index(Struct, frozen=True):
-    """The tensors, and what is none."""
+    """The tensors, what is none, and which of the latter tell the parameters of an optimizer."""
 
     entries: list[Entry]
     skipped: list[Skipped]
+    items: list[Item]
 
 
 def read_index(folder: Path) -> Index:
@@ -95,12 +108,14 @@ class _Reader:
     def __init__(self, places: dict[str, dict[str, Any]], paths: dict[str, Any]) -> None:
         self._places = places
         self._paths = paths
+        self._positions = {name: i for i, name in enumerate(paths)}
         self._letters = 0
 
     def read(self, described: Sequence[tuple[Any, Any]]) -> Index:
         """The entries, under unique names."""
         found: list[Entry] = []
         skipped: list[Skipped] = []
+        items: list[Item] = []
         for full_name, value in described:
             if not isinstance(full_name, str):
                 raise DamagedError("the name of a tensor is no text")
@@ -111,6 +126,7 @@ class _Reader:
                 raise DamagedError("the names of its tensors are too long")
             if _is_class(value, "BytesStorageMetadata"):
                 skipped.append(Skipped(name, "it is no tensor"))
+                items += self._item(full_name, path)
                 continue
             fields = _fields(value, "TensorStorageMetadata")
             shape = _lengths(fields.get("size"), name)
@@ -118,22 +134,29 @@ class _Reader:
             if not isinstance(chunks, list):
                 raise DamagedError(f"{name} has no list of chunks")
             boxes = tuple(self._chunk(full_name, chunk, shape) for chunk in chunks)
-            found.append(Entry(name, part(full_name), _parameter(path), shape, boxes))
+            position = self._positions.get(full_name, len(self._positions))
+            found.append(Entry(name, part(full_name), path, position, shape, boxes))
         names = unique(entry.name for entry in found)
-        return Index(
-            [
-                Entry(name, e.full_name, e.parameter, e.shape, e.chunks)
-                for e, name in zip(found, names, strict=True)
-            ],
-            skipped,
-        )
+        entries = [
+            e if e.name == name else structs.replace(e, name=name)
+            for e, name in zip(found, names, strict=True)
+        ]
+        return Index(entries, skipped, items)
 
-    def _path(self, full_name: str) -> list[str]:
+    def _path(self, full_name: str) -> tuple[str, ...]:
         """The keys that lead to a tensor in the state; its full name alone where they are not known."""
         path = self._paths.get(full_name)
         if not isinstance(path, tuple) or not 0 < len(path) <= _LONGEST_PATH:
             path = (full_name,)
-        return [part(key) for key in path]
+        return tuple(part(key) for key in path)
+
+    def _item(self, full_name: str, path: tuple[str, ...]) -> list[Item]:
+        """The place of a value that is no tensor, if it is one of those that tell parameters."""
+        place = self._places.get(_key(full_name, None)) if "param_groups" in path else None
+        if place is None:
+            return []
+        file, offset, length, coded = _place(place, full_name)
+        return [] if coded else [Item(path, file, offset, length)]
 
     def _chunk(self, full_name: str, value: Any, whole: tuple[int, ...]) -> Chunk:
         fields = _fields(value, "ChunkStorageMetadata")
@@ -145,14 +168,19 @@ class _Reader:
         place = self._places.get(_key(full_name, start))
         if place is None:
             return Chunk(start, shape)
-        file, offset, length = place.get("relative_path"), place.get("offset"), place.get("length")
-        if not isinstance(file, str) or not (is_count(offset) and is_count(length)):
-            raise DamagedError(f"the place of a chunk of {full_name} is not given")
-        if not file or PurePosixPath(file).is_absolute() or ".." in file.split("/") or "\0" in file:
-            raise DamagedError(f"a chunk of {full_name} is said to lie in {file!r}, outside the checkpoint")
-        coded = place.get("transform_descriptors") or ()
-        names = tuple(part(c) for c in coded) if isinstance(coded, list | tuple) else ("something",)
-        return Chunk(start, shape, file, offset, length, names)
+        return Chunk(start, shape, *_place(place, f"a chunk of {full_name}"))
+
+
+def _place(fields: dict[str, Any], what: str) -> tuple[str, int, int, tuple[str, ...]]:
+    """The file, the first byte, the length of an item, and what it went through before it was written."""
+    file, offset, length = fields.get("relative_path"), fields.get("offset"), fields.get("length")
+    if not isinstance(file, str) or not (is_count(offset) and is_count(length)):
+        raise DamagedError(f"the place of {what} is not given")
+    if not file or PurePosixPath(file).is_absolute() or ".." in file.split("/") or "\0" in file:
+        raise DamagedError(f"{what} is said to lie in {file!r}, outside the checkpoint")
+    coded = fields.get("transform_descriptors") or ()
+    names = tuple(part(c) for c in coded) if isinstance(coded, list | tuple) else ("something",)
+    return file, offset, length, names
 
 
 def _places(storage_data: Any) -> dict[str, dict[str, Any]]:
@@ -161,12 +189,14 @@ def _places(storage_data: Any) -> dict[str, dict[str, Any]]:
     for index, place in pairs_of(storage_data):
         fields = _fields(index, "MetadataIndex")
         name, start = fields.get("fqn"), fields.get("offset")
-        if isinstance(name, str) and start is not None:
-            found.setdefault(_key(name, _lengths(start, name)), _fields(place, "_StorageInfo"))
+        if isinstance(name, str):
+            at = None if start is None else _lengths(start, name)
+            found.setdefault(_key(name, at), _fields(place, "_StorageInfo"))
     return found
 
 
-def _key(full_name: str, start: tuple[int, ...]) -> str:
+def _key(full_name: str, start: tuple[int, ...] | None) -> str:
+    """Tells an item from all others; what is no tensor starts nowhere."""
     return f"{full_name}\0{start}"
 
 
@@ -192,14 +222,3 @@ def _lengths(value: Any, name: str) -> tuple[int, ...]:
     if not isinstance(value, tuple | list) or len(value) > 63 or not all(is_count(n) for n in value):
         raise DamagedError(f"{name} has lengths that are no numbers, negative, or too many")
     return tuple(value)
-
-
-def _parameter(path: Sequence[str]) -> str:
-    """The parameter that optimizer state belongs to: keys …, state, parameter, slot."""
-    if not any(p.startswith("opt") for p in path):
-        return ""
-    if len(path) > 2 and path[-3] == "state":
-        return path[-2]
-    # Flattened: state.<parameter>.<slot>.
-    first, _, rest = path[-1].partition(".")
-    return rest.rpartition(".")[0] if first == "state" else ""

@@ -6,9 +6,11 @@ its elements have in the whole.
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import lru_cache
 from itertools import product
 from math import prod
 from pathlib import Path
@@ -23,6 +25,7 @@ from ckptflip.checkpoints.roles import guess
 from ckptflip.checkpoints.seals import Seal
 from ckptflip.checkpoints.target import Skipped
 from ckptflip.checkpoints.torch_dcp.index import NAME, Chunk, Entry, read_index
+from ckptflip.checkpoints.torch_dcp.slots import parameters
 from ckptflip.checkpoints.torch_zip.archive import contents
 from ckptflip.checkpoints.torch_zip.sharing import Shared
 from ckptflip.errors import CheckpointError
@@ -30,6 +33,8 @@ from ckptflip.faults.catalogue import Shard, Tensor
 
 _RANK = re.compile(r"(?:.*/)?__(\d{1,9})_\d+\.distcp")
 _MOST_CORNERS = 1 << 22
+# Runs of ranks that a listing names.
+_MOST_RUNS = 4
 
 
 class _Part(Struct, frozen=True):
@@ -38,6 +43,9 @@ class _Part(Struct, frozen=True):
     chunk: Chunk
     tensor: Shared | None
     reason: str = ""
+
+
+_Box = tuple[Chunk, Shared]
 
 
 def open_checkpoint(path: Path) -> LaidOut:
@@ -54,7 +62,7 @@ def open_checkpoint(path: Path) -> LaidOut:
         index = read_index(folder)
         files = _files(index.entries, folder)
         parts, seals = _parts(index.entries, files, folder)
-        tensors, layouts, skipped = _catalogue(index.entries, parts)
+        tensors, layouts, skipped = _catalogue(index.entries, parts, parameters(index, folder))
     except OSError as why:
         raise CheckpointError(f"{why.filename or folder} cannot be read: {why.strerror or why}") from None
     except DamagedError as why:
@@ -74,9 +82,15 @@ def open_checkpoint(path: Path) -> LaidOut:
 
 
 def _catalogue(
-    entries: Sequence[Entry], parts: Sequence[Sequence[_Part]]
+    entries: Sequence[Entry], parts: Sequence[Sequence[_Part]], owners: Mapping[str, str]
 ) -> tuple[list[Tensor], list[Layout], list[Skipped]]:
-    """The tensors that can be altered, where their words lie, and the others."""
+    """The tensors that can be altered, where their words lie, and the others.
+
+    Args:
+        entries: of the index.
+        parts: the chunks of each.
+        owners: for state of optimizers, the parameters' names.
+    """
     groups: dict[str, set[str]] = {}
     for entry in entries:
         group, _, leaf = entry.name.rpartition("/")
@@ -84,13 +98,15 @@ def _catalogue(
     tensors: list[Tensor] = []
     layouts: list[Layout] = []
     skipped: list[Skipped] = []
+    several = len({r for e in entries for c in e.chunks if (r := _rank(c.file)) is not None}) > 1
     for entry, chunks in zip(entries, parts, strict=True):
         try:
-            tensor, layout = _assembled(entry, chunks, groups[entry.name.rpartition("/")[0]])
+            boxes, layout = _assembled(entry, chunks)
         except _LeftOut as why:
             skipped.append(Skipped(entry.name, str(why)))
             continue
-        tensors.append(tensor)
+        siblings, owner = groups[entry.name.rpartition("/")[0]], owners.get(entry.name, "")
+        tensors.append(_tensor(entry, boxes, layout, siblings, owner, several_ranks=several))
         layouts.append(layout)
     return tensors, layouts, skipped
 
@@ -135,12 +151,23 @@ def _parts(
         }
         check_apart(items)
         with open_plain(folder / name) as file:
+            _check_whole(folder / name, os.fstat(file.fileno()).st_size, items)
             for i, chunk in by_file[name]:
                 where = f"{folder / name}, {entries[i].name}"
                 part, sealed = _item(file.fileno(), where, number, chunk)
                 parts[i].append(part)
                 seals += sealed
     return parts, seals
+
+
+def _check_whole(path: Path, size: int, items: Iterable[tuple[int, int, str]]) -> None:
+    """Refuse a data file that ends before what the index says lies in it."""
+    start, end, name = max(items, key=lambda item: item[1])
+    if end > size:
+        raise CheckpointError(
+            f"{path} is truncated: it has {size} bytes, and {name} lies at bytes {start} to {end}. Copy or "
+            "download it again"
+        )
 
 
 def _item(fd: int, where: str, file: int, chunk: Chunk) -> tuple[_Part, list[Seal]]:
@@ -161,13 +188,8 @@ def _item(fd: int, where: str, file: int, chunk: Chunk) -> tuple[_Part, list[Sea
     return _Part(chunk, tensor), found.seals
 
 
-def _assembled(entry: Entry, parts: Sequence[_Part], siblings: set[str]) -> tuple[Tensor, Layout]:
-    """A tensor from its chunks.
-
-    Args:
-        entry: of the index.
-        parts: its chunks.
-        siblings: the last parts of the names beside it.
+def _assembled(entry: Entry, parts: Sequence[_Part]) -> tuple[list[_Box], Layout]:
+    """The chunks of a tensor, each once, and where its words lie.
 
     Raises:
         _LeftOut: it cannot be altered.
@@ -196,13 +218,19 @@ def _assembled(entry: Entry, parts: Sequence[_Part], siblings: set[str]) -> tupl
         for p in tensor.layout.pieces
     )
     layout = Layout((*entry.shape, *inner), pieces, first.number, first.order, first.bits)
-    return _tensor(entry, boxes, layout, siblings), layout
+    return boxes, layout
 
 
 def _tensor(
-    entry: Entry, boxes: Sequence[tuple[Chunk, Shared]], layout: Layout, siblings: set[str]
+    entry: Entry,
+    boxes: Sequence[_Box],
+    layout: Layout,
+    siblings: set[str],
+    owner: str,
+    *,
+    several_ranks: bool,
 ) -> Tensor:
-    layer, role = guess(entry.name, layout.number, len(entry.shape), siblings, entry.parameter)
+    layer, role = guess(entry.name, layout.number, len(entry.shape), siblings, owner)
     shape, inner = entry.shape, prod(layout.dims[len(entry.shape) :]) // layout.number.parts
     if inner > 1:
         shape = (*shape[:-1], shape[-1] * inner) if shape else (inner,)
@@ -210,17 +238,40 @@ def _tensor(
     alias = () if entry.full_name == entry.name else (entry.full_name,)
     offset = layout.pieces[0].offset if len(boxes) == 1 else None
     shards = shards_of([c for c, _ in boxes])
+    if shards and several_ranks:
+        how = f"{how}, {_ranks({s.rank for s in shards})}"
     return Tensor(entry.name, shape, layout.number, layout.order, layer, role, alias, how, offset, shards)
 
 
 def shards_of(chunks: Sequence[Chunk]) -> tuple[Shard, ...]:
     """Which rank wrote which part, by the files' names; () when a name does not tell."""
-    ranks = [_RANK.fullmatch(c.file) for c in chunks]
-    return (
-        tuple(Shard(int(rank[1]), c.start, c.shape) for rank, c in zip(ranks, chunks, strict=True) if rank)
-        if all(ranks)
-        else ()
-    )
+    found = [(_rank(c.file), c) for c in chunks]
+    shards = tuple(Shard(rank, c.start, c.shape) for rank, c in found if rank is not None)
+    return shards if len(shards) == len(found) else ()
+
+
+@lru_cache(4096)
+def _rank(file: str) -> int | None:
+    named = _RANK.fullmatch(file)
+    return int(named[1]) if named else None
+
+
+def _ranks(ranks: Collection[int]) -> str:
+    """Ranks in words.
+
+    Example:
+        >>> _ranks({3}), _ranks({0, 1, 2, 5}), _ranks(range(0, 20, 2))
+        ('rank 3', 'ranks 0-2, 5', 'ranks 0, 2, 4 … 18')
+    """
+    runs: list[list[int]] = []
+    for rank in sorted(ranks):
+        if runs and rank == runs[-1][1] + 1:
+            runs[-1][1] = rank
+        else:
+            runs.append([rank, rank])
+    words = [f"{low}-{high}" if high > low else str(low) for low, high in runs]
+    some = ", ".join(words) if len(words) <= _MOST_RUNS else f"{', '.join(words[:3])} … {words[-1]}"
+    return f"rank {some}" if len(ranks) == 1 else f"ranks {some}"
 
 
 def _check_cover(boxes: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], shape: tuple[int, ...]) -> None:

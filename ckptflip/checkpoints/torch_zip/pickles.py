@@ -12,7 +12,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from ckptflip.checkpoints.torch_zip.stream import Read, Stream, UnsoundError
+from ckptflip.checkpoints.torch_zip.stream import LONGEST, Read, Stream, UnsoundError
 from ckptflip.checkpoints.torch_zip.values import Call, Global, Large, Pairs, Persistent
 from ckptflip.errors import CheckpointError
 
@@ -26,18 +26,19 @@ _LARGEST_MEMO = 1 << 23
 _MOST_OUT_OF_ORDER = 1 << 16
 
 
-def parse(read: Read, size: int, where: str) -> Any:
+def parse(read: Read, size: int, where: str, longest: int = LONGEST) -> Any:
     """The value a pickle describes.
 
     Args:
         read: gives bytes of the pickle: (position, how many).
-        size: its length in bytes. Strings longer than 64 KiB are passed over without being read.
+        size: its length in bytes.
         where: its name, for messages.
+        longest: strings of more bytes are passed over without being read; 64 KiB unless told.
 
     Raises:
         CheckpointError: no sound pickle, or one far larger than any checkpoint's.
     """
-    stream = Stream(read, size)
+    stream = Stream(read, size, longest)
     try:
         return _Machine(stream, min(_MOST_CONTAINERS, _FEW_CONTAINERS + size // 2)).run()
     except (IndexError, KeyError, ValueError, struct.error) as why:

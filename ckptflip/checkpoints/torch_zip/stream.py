@@ -21,9 +21,11 @@ class Stream:
     Args:
         read: may give fewer bytes than asked for only at the end.
         size: of the whole.
+        longest: longer strings are passed over.
     """
 
-    def __init__(self, read: Read, size: int) -> None:
+    def __init__(self, read: Read, size: int, longest: int = LONGEST) -> None:
+        self._longest = longest
         self._read = read
         self._size = size
         self._data = b""
@@ -43,7 +45,7 @@ class Stream:
         return self._data[self._at - 1]
 
     def take(self, count: int) -> bytes:
-        """The next bytes, `LONGEST` at most."""
+        """The next bytes."""
         if self._at + count > len(self._data):
             self._more(count)
         self._at += count
@@ -66,8 +68,8 @@ class Stream:
         return line
 
     def body(self, size: int) -> bytes | None:
-        """The bytes of a string; None when it is longer than `LONGEST`: then it is passed over unread."""
-        if size <= LONGEST:
+        """The bytes of a string; None when it is longer than `longest`: then it is passed over unread."""
+        if size <= self._longest:
             return self.take(size)
         if size > self._size - self.position:
             raise UnsoundError(f"a string of {size} bytes would reach beyond its end")
