@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from msgspec import Struct
@@ -23,6 +24,9 @@ from ckptflip.faults.policy import Policy, combine
 from ckptflip.faults.record import Record
 from ckptflip.faults.stream import check_seed
 from ckptflip.matching import neither, on_target, read_all, refusal
+
+if TYPE_CHECKING:
+    from ckptflip.equivalence import Became, Rules
 
 
 class Undone(Struct, frozen=True):
@@ -138,6 +142,10 @@ def replay(
     overwrite: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
+    map: str | Path | Rules | None = None,
+    source: str | Path | None = None,
+    dtypes: str | None = None,
+    told: Callable[[Became], None] | None = None,
 ) -> Record:
     """Put the faults of a record into a checkpoint: the same bits of the same elements of the same tensors.
 
@@ -150,20 +158,33 @@ def replay(
         out, in_place, checksum, overwrite, dry_run, progress: as for `inject`; `checksum` as recorded
             unless given.
         new_record: name of the record of this replay.
+        map: for a checkpoint of another framework: ``auto``, a map's file, or `ckptflip.equivalence.Rules`.
+            The same bits of the same logical weights are hit; see `ckptflip.equivalence`.
+        source: with a map, the record's own checkpoint, or one of its architecture.
+        dtypes: with a map, ``same`` or ``fields``, instead of what the map says.
+        told: with a map, told what each word became, in the record's order.
 
     Returns:
         The record of this replay; `header.replay_of` names the original.
 
     Raises:
-        RecordError: the record is damaged, or its tensors are not in this checkpoint in that shape and dtype.
+        RecordError: the record is damaged, or its tensors are not in this checkpoint in that shape and dtype;
+            with a map, some have no counterpart.
         CheckpointError, UsageError: as for `inject`.
     """
     original = record if isinstance(record, Record) else record_files.read(record)
     destination = application.destination(checkpoint, out, in_place, new_record, overwrite, dry_run)
     mode = checksum or original.header.checksum
+    if map is None and (source, dtypes, told) != (None, None, None):
+        raise UsageError("source, dtypes and told belong to a map; give one, such as map='auto'")
     _check_checksum(mode)
     with opened(destination.source, exclusive=in_place and not dry_run) as target:
-        plan = on_target(original, target)
+        if map is None:
+            plan = on_target(original, target)
+        else:
+            from ckptflip.equivalence.replaying import placed
+
+            plan = placed(original, target, map, source, dtypes, told)
         current = read_all(target, plan)
         plan = replace(plan, before=current, after=current ^ plan.before ^ plan.after)
         name = original.path and Path(original.path).name

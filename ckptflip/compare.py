@@ -184,14 +184,14 @@ def _compare(
         note = f"{one.dtype} {one.shape} and {other.dtype} {other.shape}"
         return TensorDiff(tensor=one.name, status="shape or dtype differs", note=note)
     sums = _Sums(one.number, threshold)
-    for a, b in _aligned(first.blocks(i), second.blocks(j)):
+    for a, b in aligned(first.blocks(i), second.blocks(j)):
         sums.add(a, b)
         if progress:
             progress(a.nbytes)
     return sums.row(one)
 
 
-def _aligned(
+def aligned(
     a: Iterator[NDArray[Any]], b: Iterator[NDArray[Any]]
 ) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
     """Blocks of equal length from two streams that cut the same words differently."""

@@ -35,13 +35,22 @@ def on_target(record: Record, target: Checkpoint) -> Plan:
                 f"{entry.dtype} {entry.shape} in the record"
             )
         positions[i] = at
-    plan = replace(record.plan, tensor=positions[record.plan.tensor])
-    plan = plan.take(np.lexsort((plan.word, plan.tensor)))
+    return in_order(replace(record.plan, tensor=positions[record.plan.tensor]), target)[0]
+
+
+def in_order(plan: Plan, target: Checkpoint) -> tuple[Plan, NDArray[np.int64]]:
+    """A plan with positions in the target's catalogue, ordered as plans are, and where each row came from.
+
+    Raises:
+        RecordError: a word is hit twice.
+    """
+    order = np.lexsort((plan.word, plan.tensor))
+    plan = plan.take(order)
     twice = np.flatnonzero((np.diff(plan.tensor) == 0) & (np.diff(plan.word) == 0))
     if twice.size:
         name = target.tensors[plan.tensor[twice[0]]].name
         raise RecordError(f"the record hits {name} under two names, as two; in {target.path} they are one")
-    return plan
+    return plan, order
 
 
 def read_all(target: Checkpoint, plan: Plan) -> NDArray[np.uint64]:

@@ -19,8 +19,10 @@ COMMANDS = (
     "show",
     "undo",
     "replay",
+    "import-faults",
     "diff",
     "scan",
+    "propagation",
     "convert",
     "loaders",
     "train",
@@ -43,7 +45,7 @@ class LazyGroup(click.Group):
         """A command by name."""
         if cmd_name not in COMMANDS:
             return None
-        command: click.Command = import_module(f"ckptflip.cli.{cmd_name}").command
+        command: click.Command = import_module(f"ckptflip.cli.{cmd_name.replace('-', '_')}").command
         return command
 
     def resolve_command(

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
-import msgspec
 from msgspec import Struct
 
 from ckptflip.checkpoints.keras.variables import snake
@@ -64,8 +64,9 @@ def parse(data: bytes, where: str) -> Model:
         CheckpointError: not JSON, or nested without end.
     """
     try:
-        raw = msgspec.json.decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as why:
+        # Python's own reader, since Keras writes NaN and Infinity: the learning rate may have been hit.
+        raw = json.loads(data)
+    except (ValueError, RecursionError) as why:
         raise CheckpointError(f"{where} is no configuration of a Keras model: {why}") from None
     compiled = _mapping(_mapping(raw).get("compile_config"))
     return Model(_layer(raw, 0), _optimizer(compiled.get("optimizer")))

@@ -95,7 +95,7 @@ def check_places(index: Index, files: Mapping[int, Path]) -> None:
         end = saved.offset + saved.size
         if end > sizes[saved.shard]:
             raise CheckpointError(
-                f"{files[saved.shard]} is truncated: it has {sizes[saved.shard]} bytes, and its index says that "
+                f"{files[saved.shard]} is truncated: it has {sizes[saved.shard]} bytes, and by its index "
                 f"{as_text(saved.key)!r} lies at bytes {saved.offset} to {end}. Copy or download it again"
             )
         ranges.setdefault(saved.shard, []).append((saved.offset, end, as_text(saved.key)))
