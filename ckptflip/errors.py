@@ -51,3 +51,7 @@ class MissingExtraError(CkptflipError):
 
 class WorkloadError(CkptflipError):
     """A workload that cannot be found, loaded or resumed."""
+
+
+class LiveError(CkptflipError):
+    """A running model that is no longer the one that was prepared, or in which a fault did not take effect."""

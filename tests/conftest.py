@@ -15,6 +15,13 @@ from hypothesis import settings
 
 from ckptflip.loaders import Probe
 
+# Run in processes of their own, which they set up before they import anything: no doctests to collect.
+collect_ignore = [
+    "callbacks/keras_callback_checks.py",
+    "callbacks/lightning_ddp.py",
+    "live/keras_target_checks.py",
+]
+
 settings.register_profile("ckptflip", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("ckptflip")
 

@@ -21,7 +21,7 @@ PAGES_WITH_EXAMPLES = [
 
 NEEDED = {
     **dict.fromkeys(("README", "training", "vision", "pytorch", "dcp", "propagation"), ("torch",)),
-    "keras": ("keras", "torch"),
+    **dict.fromkeys(("keras", "training"), ("keras", "torch")),
     "callbacks": ("torch", "sklearn", "keras", "lightning", "transformers", "accelerate", "skorch"),
     "zarr": ("zarr",),
     "orbax": ("zarr", "orbax.checkpoint"),
