@@ -46,6 +46,7 @@ notebooks: $(VENV)/.test
 bench: $(VENV)/.test
 	$(BIN)/python benchmarks/inject.py
 	$(BIN)/python benchmarks/formats.py
+	$(BIN)/python benchmarks/callbacks.py
 
 pytest: $(VENV)/.test
 	$(THREADS) $(BIN)/python -m pytest -q -n auto
