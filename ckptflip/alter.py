@@ -215,6 +215,8 @@ def undo(
         CheckpointError: the file cannot be read or written.
     """
     original = record if isinstance(record, Record) else record_files.read(record)
+    if original.header.checksum not in CHECKSUM_MODES:
+        raise RecordError(f"the record asks for checksums {original.header.checksum!r}: it is damaged")
     destination = Destination(Path(checkpoint), Path(out) if out else None, None, overwrite)
     check_distinct(destination)
     with opened(destination.source, exclusive=out is None) as target:
@@ -226,7 +228,9 @@ def undo(
             raise RecordError(refusal(target, plan, current, foreign))
         changes = Changes(plan.tensor, plan.word, current ^ plan.before, plan.before ^ plan.after)
         header = original.header
-        recorded = header.checksums if header.format == target.format else None
+        # Places of checksums are those of one file: in another one with the same words they are worked out.
+        same = header.format == target.format and header.size == container.size(target.files)
+        recorded = header.checksums or None if same else None
         paths = target.files if out is None else container.names(target, Path(out))
         # Words that are right already stay in: an interrupted run may have left their checksum wrong.
         restore(target, changes, recorded, destination, header.checksum, progress)

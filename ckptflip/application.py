@@ -220,7 +220,7 @@ def _to_copy(
 ) -> Header:
     assert destination.record is not None and destination.out is not None
     path = destination.record
-    stale = path.exists()
+    ours = False
     try:
         with container.copied(
             target, destination.out, overwrite=destination.overwrite, progress=progress
@@ -230,9 +230,12 @@ def _to_copy(
             header = replace(
                 record.header, checksums=prepared.checksums, digest_after=container.digest(copies)
             )
+            replaced = path.exists()
             record_files.write(Record(header, record.plan), path, overwrite=destination.overwrite)
+            # Another process may write under the same names: only what is our own is taken back.
+            ours = not replaced
     except CkptflipError:
-        if not stale:
+        if ours:
             path.unlink(missing_ok=True)
         raise
     return header

@@ -24,6 +24,10 @@ _WRITERS = {
     ".npz": "npz",
     **dict.fromkeys((".pt", ".pth", ".bin", ".ckpt"), "torch_zip"),
 }
+# Listed with another shape than the tensor has where it comes from.
+_UNFIT_LAYOUTS = dict.fromkeys(
+    ("run of overlapping views", "expanded"), "it shares words with itself or other views; save a clone()"
+)
 # Formats in which one storage can have several names.
 _WITH_ALIASES = ("hdf5", "torch_zip")
 
@@ -119,7 +123,7 @@ def _check_apart(out: Path, target: Checkpoint) -> None:
 
 
 def _check_fit(out: Path, writer: Writer, tensors: list[Tensor]) -> None:
-    unfit = [(t.name, why) for t in tensors if (why := writer.unfit(t))]
+    unfit = [(t.name, why) for t in tensors if (why := _UNFIT_LAYOUTS.get(t.layout) or writer.unfit(t))]
     if unfit:
         name, why = unfit[0]
         more = f" (and {len(unfit) - 1} more)" if len(unfit) > 1 else ""

@@ -54,4 +54,4 @@ class WorkloadError(CkptflipError):
 
 
 class LiveError(CkptflipError):
-    """A running model that is no longer the one that was prepared, or in which a fault did not take effect."""
+    """A running model that is no longer the one prepared, or in which a fault did not take effect."""

@@ -1,6 +1,7 @@
 """The verbs inject, replay and undo from Python: what they write, what they return."""
 
 import hashlib
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -275,3 +276,31 @@ def test_the_record_is_on_disk_before_the_first_byte_changes(file, monkeypatch):
         ckptflip.inject(file, in_place=True, tensors="conv*", bits="sign", count=7, seed=1)
     assert seen == [(7, True)]
     assert file.with_name("a.h5.flips.jsonl").exists()
+
+
+def test_a_record_of_the_same_words_in_a_file_saved_anew(tmp_path):
+    """Its checksums lie elsewhere: they are worked out, as across formats."""
+    words = np.arange(50, dtype="f4")
+    np.savez(tmp_path / "a.npz", w=words)
+    record = ckptflip.inject(tmp_path / "a.npz", out=tmp_path / "b.npz", count=3, seed=1)
+    with np.load(tmp_path / "b.npz") as flipped:
+        np.savez(tmp_path / "c.npz", more=np.ones(3), w=flipped["w"])
+    assert ckptflip.undo(tmp_path / "c.npz", record.path).restored == 3
+    with np.load(tmp_path / "c.npz") as found:
+        assert found["w"].tolist() == words.tolist()
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [('"before":', '"before":1180591620717411303424,"x":'), ('"repair"', '"../x"')]
+)
+def test_records_with_impossible_checksums(tmp_path, old, new):
+    np.savez(tmp_path / "a.npz", w=np.ones(50))
+    record = ckptflip.inject(tmp_path / "a.npz", in_place=True, count=3, seed=1)
+    text = Path(record.path).read_text()
+    head, rest = text.split("\n", 1)
+    at = head.index('"checksums"') if "before" in old else 0
+    Path(record.path).write_text(head[:at] + head[at:].replace(old, new, 1) + "\n" + rest)
+    before = (tmp_path / "a.npz").read_bytes()
+    with pytest.raises(ckptflip.CkptflipError):
+        ckptflip.undo(tmp_path / "a.npz", record.path)
+    assert (tmp_path / "a.npz").read_bytes() == before

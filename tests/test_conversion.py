@@ -115,6 +115,20 @@ def test_what_was_one_storage_stays_one(tmp_path: Path) -> None:
     assert ckptflip.convert(tmp_path / "c.pt", tmp_path / "d.npz").lost_names == ("head.weight",)
 
 
+def test_keys_of_a_state_dict_stay_text(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    module = torch.nn.ParameterList([torch.ones(2), torch.zeros(3)])
+    torch.save(module.state_dict(), tmp_path / "a.pt")
+    ckptflip.convert(tmp_path / "a.pt", tmp_path / "b.pt")
+    module.load_state_dict(torch.load(tmp_path / "b.pt", weights_only=True))
+    names = {"optimizer/state/0/exp_avg": 0, "007": 1, "7": 2, "9" * 5000: 3}
+    np.savez(tmp_path / "n.npz", **{n: np.float32(v) for n, v in names.items()})
+    ckptflip.convert(tmp_path / "n.npz", tmp_path / "n.pt")
+    back = torch.load(tmp_path / "n.pt", weights_only=True)
+    assert float(back["optimizer"]["state"][0]["exp_avg"]) == 0
+    assert [float(back[n]) for n in ("007", "7", "9" * 5000)] == [1, 2, 3]
+
+
 def test_big_endian_words_are_turned(tmp_path: Path) -> None:
     with h5py.File(tmp_path / "a.h5", "w") as file:
         file["x"] = np.arange(5, dtype=">f4")
@@ -196,6 +210,4 @@ def test_the_command_says_what_was_left_out(tmp_path: Path, capsys: pytest.Captu
         file["note"] = "text"
     assert run(["convert", str(tmp_path / "a.h5"), str(tmp_path / "b.npz")]) == 0
     said = capsys.readouterr().err
-    assert (
-        "1 tensor, 8 bytes" in said and "1 other name of" in said and "1 entry left out: no tensors" in said
-    )
+    assert "1 tensor, 8 bytes" in said and "1 other name of" in said and "1 entry left out" in said

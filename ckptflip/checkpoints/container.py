@@ -141,9 +141,11 @@ def copied(
             yield [temporary / f.relative_to(source.folder) for f in source.files]
         return
     wanted = source.renamed(out)
-    _check_apart(source, [w.path for w in wanted], same=out == source.path)
+    same = out == source.path
+    paths = [w.path for w in wanted]
+    _check_apart(source, paths, same=same)
     originals = list(source.files)
-    with files.new_files([w.path for w in wanted], overwrite=overwrite, like=originals) as temporaries:
+    with files.new_files(paths, overwrite=overwrite, like=originals, follow=same) as temporaries:
         for new, original, temporary in zip(wanted, originals, temporaries, strict=True):
             if new.data is None:
                 files.copy(original, temporary, progress)
@@ -212,9 +214,9 @@ def _copy_folder(source: Path, target: Path, progress: Progress | None) -> None:
         here.mkdir()
         for name in [*names, *(b for b in below if (Path(folder) / b).is_symlink())]:
             each = Path(folder) / name
-            if each.is_symlink() and not each.resolve().is_relative_to(root):
+            if each.is_symlink() and not _stays(each, root):
                 raise CheckpointError(
-                    f"{each} is a link out of the checkpoint's folder; put the file itself in its place"
+                    f"{each} is a link out of the checkpoint's folder, or to nothing; copy what it means"
                 )
             if each.is_symlink():
                 (here / name).symlink_to(each.readlink())
@@ -222,6 +224,14 @@ def _copy_folder(source: Path, target: Path, progress: Progress | None) -> None:
                 files.copy(each, here / name, progress)
             else:
                 raise CheckpointError(f"{each} is neither a file nor a folder: it cannot be copied")
+
+
+def _stays(link: Path, root: Path) -> bool:
+    """Whether a link leads to something in the folder."""
+    try:
+        return link.resolve(strict=True).is_relative_to(root)
+    except (OSError, RuntimeError):  # it leads nowhere, or to itself
+        return False
 
 
 def _copy_modes(source: Path, target: Path) -> None:

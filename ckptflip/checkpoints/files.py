@@ -77,7 +77,11 @@ def new_file(path: Path, *, overwrite: bool, like: Path | None = None) -> Iterat
 
 @contextlib.contextmanager
 def new_files(
-    paths: Sequence[Path], *, overwrite: bool, like: Sequence[Path] | None = None
+    paths: Sequence[Path],
+    *,
+    overwrite: bool,
+    like: Sequence[Path] | None = None,
+    follow: bool = False,
 ) -> Iterator[list[Path]]:
     """The same for several files, which appear all or none. The first one appears last.
 
@@ -85,12 +89,14 @@ def new_files(
         paths: the final names.
         overwrite: whether existing files may be replaced.
         like: for each, a file whose permissions it gets.
+        follow: replace what a link stands for. Otherwise the link itself is replaced: what it stands for may
+            be anybody's.
 
     Raises:
         UsageError, CheckpointError: as for `new_file`.
     """
-    # What a link stands for, not the link.
-    paths = [p.resolve() if p.is_symlink() else p for p in paths]
+    if follow:
+        paths = [p.resolve() if p.is_symlink() else p for p in paths]
     for path in paths:
         check_new(path, overwrite=overwrite)
     made: list[Path] = []
@@ -144,7 +150,7 @@ def check_new(path: Path, *, overwrite: bool) -> None:
         raise UsageError(f"{str(path)!r} names no file; name the new file with -o")
     if path.exists() and not path.is_file():
         raise UsageError(f"{path} is a folder or a device, not a plain file; name another")
-    if path.exists() and not overwrite:
+    if (path.exists() or path.is_symlink()) and not overwrite:
         raise UsageError(f"{path} exists; name another, or replace it with --overwrite")
 
 
@@ -167,7 +173,7 @@ def _publish_all(temporaries: Sequence[Path], paths: Sequence[Path], *, overwrit
     done: list[tuple[Path, Path | None]] = []
     try:
         for temporary, path in reversed(list(zip(temporaries, paths, strict=True))):
-            if overwrite and path.exists():
+            if overwrite and (path.exists() or path.is_symlink()):
                 done.append((path, _replace(temporary, path)))
             else:
                 _publish(temporary, path, overwrite=overwrite)

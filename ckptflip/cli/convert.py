@@ -36,4 +36,4 @@ def command(
     if done.lost_names:
         say(f"{many(len(done.lost_names), 'other name')} of these tensors left out ({done.lost_names[0]} …)")
     if done.skipped:
-        say(f"{many(len(done.skipped), 'entry', 'entries')} left out: no tensors (`ckptflip ls` says why)")
+        say(f"{many(len(done.skipped), 'entry', 'entries')} left out (`ckptflip ls` says why)")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
-from ckptflip.cli.train import echo_row
+from ckptflip.cli.train import echo_row, workload_options
 
 
 @click.command("resume")
@@ -27,18 +28,20 @@ from ckptflip.cli.train import echo_row
 )  # fmt: skip
 @click.option("--label", metavar="TEXT", help="What runs of the same kind share, for figures.")
 @click.option("--overwrite", is_flag=True, help="Replace the track, and the run in DIR.")
+@workload_options
 def command(
     workload: str, checkpoint: Path, until: int, save: Path | None, track: Path | None,
-    record: Path | None, label: str | None, overwrite: bool,
+    record: Path | None, label: str | None, overwrite: bool, options: dict[str, Any],
 ) -> None:  # fmt: skip
     """Go on training WORKLOAD from the checkpoint CKPT, clean or altered.
 
-    The track's first row is the checkpoint itself, measured before any training.
+    The track's first row is the checkpoint itself, measured before any training. The last five options are
+    the vision models'; give those that CKPT was trained with.
     """
-    from ckptflip.training import harness
+    from ckptflip.training import find, harness
 
     harness.resume(
-        workload,
+        find(workload, **options),
         checkpoint,
         until,
         save=save,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -11,12 +13,34 @@ if TYPE_CHECKING:
     from ckptflip.training.track import Row
 
 
+def workload_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Options of the vision models, as `options` in one dict; those not given are left to the workload."""
+    listed = (
+        click.option("--data", metavar="DATA", help="digits, cifar10:DIR, cifar100:DIR, or DIR."),
+        click.option("--precision", metavar="P", help="fp32, fp64, fp16, bf16, mixed-fp16 or mixed-bf16."),
+        click.option("--width", type=float, metavar="F", help="Multiply the model's channels, as 0.25."),
+        click.option("--augment/--no-augment", default=None, help="Random crops and flips, or none."),
+        click.option("--subset", type=int, metavar="N", help="Use N training and test samples only."),
+    )
+
+    @functools.wraps(command)
+    def called(**given: Any) -> Any:
+        names = ("data", "precision", "width", "augment", "subset")
+        chosen = {name: given.pop(name) for name in names}
+        return command(options={name: one for name, one in chosen.items() if one is not None}, **given)
+
+    wrapped: Callable[..., Any] = called
+    for option in reversed(listed):
+        wrapped = option(wrapped)
+    return wrapped
+
+
 @click.command("train")
 @click.argument("workload")
 @click.option("--epochs", type=int, required=True, metavar="N", help="Epochs to train.")
 @click.option(
     "--save", type=click.Path(path_type=Path, file_okay=False), required=True, metavar="DIR",
-    help="Folder for epoch_000.h5, epoch_001.h5, … and track.jsonl.",
+    help="Folder for epoch_000.h5 (Keras: epoch_000.keras), epoch_001.h5, … and track.jsonl.",
 )  # fmt: skip
 @click.option(
     "--seed",
@@ -28,14 +52,28 @@ if TYPE_CHECKING:
 )
 @click.option("--label", metavar="TEXT", help="What runs of the same kind share, for figures.")
 @click.option("--overwrite", is_flag=True, help="Replace the run that the folder holds.")
-def command(workload: str, epochs: int, save: Path, seed: int, label: str | None, overwrite: bool) -> None:
+@workload_options
+def command(
+    workload: str, epochs: int, save: Path, seed: int, label: str | None, overwrite: bool,
+    options: dict[str, Any],
+) -> None:  # fmt: skip
     """Train WORKLOAD from the start and keep a checkpoint of every epoch.
 
-    WORKLOAD is digits-cnn, digits-mlp or package.module:object, a workload of yours.
+    WORKLOAD is digits-cnn, digits-mlp, alexnet, resnet18, resnet50 or vgg16, the Keras twin of one of these
+    (digits-cnn-keras), or package.module:object, a workload of yours. The last five options are the vision
+    models'.
     """
-    from ckptflip.training import harness
+    from ckptflip.training import find, harness
 
-    harness.train(workload, epochs, save, seed=seed, label=label, overwrite=overwrite, progress=echo_row)
+    harness.train(
+        find(workload, **options),
+        epochs,
+        save,
+        seed=seed,
+        label=label,
+        overwrite=overwrite,
+        progress=echo_row,
+    )
     click.echo(save / "track.jsonl")
 
 

@@ -161,7 +161,7 @@ def load(path: str | Path) -> tuple[tuple[Policy, ...], int | None]:
         data = tomllib.loads(path.read_text("utf-8"))
     except OSError as why:
         raise UsageError(f"policy {path}: {why.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as why:
+    except (ValueError, RecursionError) as why:  # bad TOML, bad UTF-8, a number of 5000 digits
         raise UsageError(f"policy {path} is not TOML: {why}") from None
     seed = data.pop("seed", None)
     try:
@@ -174,6 +174,8 @@ def load(path: str | Path) -> tuple[tuple[Policy, ...], int | None]:
             f"policy {path}: {', '.join(data)} stand beside [[policy]] tables; move them into one"
         )
     many = tables if isinstance(tables, list) else [data if tables is None else tables]
+    if len(many) > MOST_POLICIES:
+        raise UsageError(f"policy {path}: at most {MOST_POLICIES} policies can be combined, not {len(many)}")
     return tuple(_convert(table, path, i) for i, table in enumerate(many, 1)), seed
 
 

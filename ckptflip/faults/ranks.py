@@ -17,8 +17,8 @@ from ckptflip.faults.stream import Stream
 if TYPE_CHECKING:
     from ckptflip.faults.policy import Policy
 
-_SOME = re.compile(r"(\d+)\s+of\s+(\d+)")
-_RANGE = re.compile(r"(\d+)(?:-(\d+))?")
+_SOME = re.compile(r"(\d{1,9})\s+of\s+(\d{1,9})")
+_RANGE = re.compile(r"(\d{1,9})(?:-(\d{1,9}))?")
 # A policy's own stream uses its position, 0 to 15; the choice of ranks must not share its numbers.
 _OWN_KEY = 16
 _MOST = 1 << 20

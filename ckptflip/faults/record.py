@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import msgspec
 import numpy as np
@@ -56,10 +57,10 @@ class ChecksumEntry(msgspec.Struct, frozen=True):
         after: its value after.
     """
 
-    file: int
-    offset: int
-    before: int
-    after: int
+    file: Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
+    offset: Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
+    before: Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
+    after: Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
 
 
 class Header(msgspec.Struct, frozen=True, kw_only=True):

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ckptflip.errors import MissingExtraError
-from ckptflip.training.pytorch import Data, TorchWorkload
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from ckptflip.training.pytorch import Data, TorchWorkload
 
 
 def cnn() -> TorchWorkload:
@@ -19,9 +20,10 @@ def cnn() -> TorchWorkload:
 
     About 98 % after 15 epochs; an epoch takes less than 0.1 s on one core.
     """
+    workload = _torch_workload()
     import torch
 
-    return TorchWorkload(
+    return workload(
         "digits-cnn",
         model=_cnn_model,
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.9),
@@ -34,9 +36,10 @@ def cnn() -> TorchWorkload:
 
 def mlp() -> TorchWorkload:
     """``digits-mlp``: two dense layers, Adam; about 96 % after 15 epochs."""
+    workload = _torch_workload()
     import torch
 
-    return TorchWorkload(
+    return workload(
         "digits-mlp",
         model=_mlp_model,
         optimizer=lambda parameters: torch.optim.Adam(parameters, lr=3e-3),
@@ -46,8 +49,11 @@ def mlp() -> TorchWorkload:
     )
 
 
-def images() -> Data:
+def images(extra: str = "torch") -> Data:
     """The digits, split 80:20 by class; the split is the same for every seed.
+
+    Args:
+        extra: the extra that brings scikit-learn, for the message where it is missing.
 
     Returns:
         ``((inputs, targets), (test inputs, test targets))``: float32[n, 1, 8, 8] in 0 to 1, int64[n].
@@ -56,11 +62,18 @@ def images() -> Data:
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
     except ImportError as error:
-        raise MissingExtraError("scikit-learn", "torch", "The digits workloads") from error
+        raise MissingExtraError("scikit-learn", extra, "The digits workloads") from error
     pixels, targets = load_digits(return_X_y=True)
     inputs = (pixels / 16).astype(np.float32).reshape(-1, 1, 8, 8)
     x, x_test, y, y_test = train_test_split(inputs, targets, test_size=0.2, stratify=targets, random_state=0)
     return (x, y), (x_test, y_test)
+
+
+def _torch_workload() -> type[TorchWorkload]:
+    """Imported late: the Keras twins want the images alone. It says which extra brings PyTorch."""
+    from ckptflip.training.pytorch import TorchWorkload
+
+    return TorchWorkload
 
 
 def _cnn_model() -> nn.Module:

@@ -23,17 +23,19 @@ from ckptflip.training.workload import Workload, find
 Progress = Callable[[Row], None]
 TRACK = "track.jsonl"
 # A record beside a checkpoint goes with it: it would call the checkpoint that replaces it altered.
-_EPOCH_FILE = re.compile(r"epoch_\d{3,}\.h5(\.flips\.jsonl)?")
+_EPOCH_FILE = re.compile(r"epoch_\d{3,}(\.h5|\.keras)(\.flips\.(jsonl|h5))?")
 
 
-def checkpoint_name(epoch: int) -> str:
+def checkpoint_name(epoch: int, suffix: str = ".h5") -> str:
     """Name of the checkpoint after so many epochs.
 
     Example:
         >>> checkpoint_name(5)
         'epoch_005.h5'
+        >>> checkpoint_name(12, ".keras")
+        'epoch_012.keras'
     """
-    return f"epoch_{epoch:03d}.h5"
+    return f"epoch_{epoch:03d}{suffix}"
 
 
 def train(
@@ -51,7 +53,8 @@ def train(
     Args:
         workload: a workload or its name (see `find`).
         epochs: how many to train, 1 or more.
-        save: the folder for ``epoch_000.h5``, ``epoch_001.h5``, … and ``track.jsonl``.
+        save: the folder for ``epoch_000.h5``, ``epoch_001.h5``, … and ``track.jsonl``; the checkpoints of
+            Keras workloads end in ``.keras``.
         seed: 0 or more; initial weights, order of the samples and dropout follow from it.
         label: what runs of the same kind share, for figures.
         overwrite: replace the run that the folder holds.
@@ -161,7 +164,7 @@ def _follow(
         row = _row(workload.epoch, trained, tested, time.perf_counter() - began)
         if folder:
             folder.mkdir(parents=True, exist_ok=True)
-            workload.save(folder / checkpoint_name(workload.epoch))
+            workload.save(folder / checkpoint_name(workload.epoch, getattr(workload, "suffix", ".h5")))
         writer.append(row)
         if progress:
             progress(row)
@@ -251,7 +254,7 @@ def _flips(checkpoint: Path, record: Path | None) -> Flips | None:
 
 def _versions() -> dict[str, str]:
     found = {"ckptflip": __version__, "python": platform.python_version()}
-    for package in ("numpy", "torch", "keras", "tensorflow"):
+    for package in ("numpy", "torch", "keras", "tensorflow", "jax"):
         if package in sys.modules:
             try:
                 found[package] = metadata.version(package)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from ckptflip.training.torch_state import Run
 
 Pair = tuple[Any, Any]
 Data = tuple[Pair, Pair]
+Augment = Callable[[torch.Tensor, int, int, "np.ndarray[Any, np.dtype[np.int64]]"], torch.Tensor]
 
 
 class TorchWorkload:
@@ -45,6 +46,12 @@ class TorchWorkload:
         batch_size: samples per step; the last batch of an epoch may be smaller.
         scheduler: makes a learning-rate scheduler from the optimizer; stepped after every epoch.
         scaler: makes a ``torch.amp.GradScaler``, for models that autocast.
+        augment: ``augment(inputs, seed, epoch, indices)`` gives the inputs of a training step: `inputs`
+            changed in a way that depends on (seed, epoch, indices) alone; these are int64[n], places in the
+            training set.
+        autocast: precision of the model's steps under ``torch.autocast``, such as ``torch.bfloat16``; weights
+            and optimizer keep theirs.
+        test_batch: samples per step of the evaluation.
         metric: ``metric(outputs, targets)`` over the whole test set, recorded as ``accuracy``.
         device: where the model and the batches live.
         threads: PyTorch's threads while it trains. Another number gives other last bits of a sum, so a run
@@ -79,17 +86,24 @@ class TorchWorkload:
         batch_size: int,
         scheduler: Callable[[torch.optim.Optimizer], Any] | None = None,
         scaler: Callable[[], Any] | None = None,
+        augment: Augment | None = None,
+        autocast: torch.dtype | None = None,
         metric: Callable[[torch.Tensor, torch.Tensor], float] = accuracy,
         device: str | torch.device = "cpu",
         threads: int = 1,
         extreme: float = 1e10,
+        test_batch: int = 1024,
     ) -> None:
-        if batch_size < 1 or threads < 1:
-            raise UsageError(f"batch_size ({batch_size}) and threads ({threads}) must be 1 or more")
+        if batch_size < 1 or threads < 1 or test_batch < 1:
+            raise UsageError(
+                f"batch_size ({batch_size}), test_batch ({test_batch}) and threads ({threads}) must be 1 or "
+                "more"
+            )
         self.name = name
         self._model, self._optimizer, self._loss = model, optimizer, loss
         self._scheduler, self._scaler, self._metric = scheduler, scaler, metric
-        self._source, self._batch_size = data, batch_size
+        self._augment, self._autocast = augment, autocast
+        self._source, self._batch_size, self._test_batch = data, batch_size, test_batch
         self._device, self._threads, self._extreme = torch.device(device), threads, extreme
         self._loaded: tuple[tuple[torch.Tensor, torch.Tensor], ...] | None = None
         self._run: Run | None = None
@@ -120,7 +134,10 @@ class TorchWorkload:
         with self._random_of(run):
             run.model.train()
             for batch in torch.from_numpy(order).to(inputs.device).split(self._batch_size):
-                loss, norm = self._step(run, inputs[batch], targets[batch])
+                chosen = inputs[batch]
+                if self._augment is not None:
+                    chosen = self._augment(chosen, run.seed, run.epoch, batch.cpu().numpy())
+                loss, norm = self._step(run, chosen, targets[batch])
                 losses += loss * len(batch)
                 norms.append(norm)
             if isinstance(run.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
@@ -137,11 +154,10 @@ class TorchWorkload:
         inputs, targets = self._data()[1]
         with self._random_of(run), torch.no_grad():
             run.model.eval()
-            outputs = torch.cat([run.model(batch) for batch in inputs.split(1024)])
-            measured = {
-                "accuracy": float(self._metric(outputs, targets)),
-                "loss": self._loss(outputs, targets).item(),
-            }
+            with self._casting():
+                outputs = torch.cat([run.model(batch) for batch in inputs.split(self._test_batch)])
+                loss = self._loss(outputs, targets).item()
+            measured = {"accuracy": float(self._metric(outputs, targets)), "loss": loss}
         return measured | count_nev(run.model, self._extreme)
 
     def save(self, path: str | Path) -> None:
@@ -168,7 +184,8 @@ class TorchWorkload:
 
     def _step(self, run: Run, inputs: torch.Tensor, targets: torch.Tensor) -> tuple[float, float]:
         run.optimizer.zero_grad()
-        loss = self._loss(run.model(inputs), targets)
+        with self._casting():
+            loss = self._loss(run.model(inputs), targets)
         if run.scaler is None:
             loss.backward()
             norm = gradient_norm(run.model)
@@ -180,6 +197,12 @@ class TorchWorkload:
             run.scaler.step(run.optimizer)
             run.scaler.update()
         return loss.item(), norm
+
+    def _casting(self) -> AbstractContextManager[Any]:
+        if self._autocast is None:
+            return nullcontext()
+        casting: AbstractContextManager[Any] = torch.autocast(self._device.type, self._autocast)
+        return casting
 
     @contextmanager
     def _random_of(self, run: Run) -> Iterator[None]:

@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 import sys
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from ckptflip.errors import CkptflipError, WorkloadError
+from ckptflip.errors import CkptflipError, UsageError, WorkloadError
 
 BUILT_IN = {
     "digits-cnn": "ckptflip.training.digits:cnn",
+    "digits-cnn-keras": "ckptflip.training.digits_keras:cnn",
     "digits-mlp": "ckptflip.training.digits:mlp",
+    "digits-mlp-keras": "ckptflip.training.digits_keras:mlp",
+    "alexnet": "ckptflip.vision.workloads:alexnet",
+    "alexnet-keras": "ckptflip.vision.workloads:alexnet_keras",
+    "resnet18": "ckptflip.vision.workloads:resnet18",
+    "resnet18-keras": "ckptflip.vision.workloads:resnet18_keras",
+    "resnet50": "ckptflip.vision.workloads:resnet50",
+    "resnet50-keras": "ckptflip.vision.workloads:resnet50_keras",
+    "vgg16": "ckptflip.vision.workloads:vgg16",
+    "vgg16-keras": "ckptflip.vision.workloads:vgg16_keras",
 }
 
 
@@ -23,6 +34,8 @@ class Workload(Protocol):
     The promise every implementation makes: ``start(s)``, n epochs, ``save``, ``load`` (in this or a fresh
     process) and m more epochs leave the same bits as ``start(s)`` and n + m epochs. Nothing outside the
     object, such as a global random generator, has a part in the result.
+
+    A workload may say in ``suffix`` how its checkpoints' names end; without it they end in ``.h5``.
     """
 
     @property
@@ -64,14 +77,20 @@ class Workload(Protocol):
         """
 
 
-def find(name: str) -> Workload:
+def find(name: str, **options: Any) -> Workload:
     """Find a workload: a built-in name, or ``package.module:object`` for one of your own.
 
-    The object is a workload, or a function or class that makes one without arguments. Modules are found
-    as Python finds them, and in the working directory.
+    The object is a workload, or a function or class that makes one. Modules are found as Python finds them,
+    and in the working directory.
+
+    Args:
+        name: the workload.
+        options: keyword arguments of the function that makes it, such as ``data`` and ``precision`` of the
+            vision models.
 
     Raises:
         WorkloadError: no such name, module or object, or it is no workload.
+        UsageError: the workload does not take an option, or not its value.
 
     Example:
         >>> find("digits-mlp").name
@@ -91,12 +110,28 @@ def find(name: str) -> Workload:
         raise WorkloadError(f"{name} names a file; name the module, as in {module}, from the file's folder")
     found = _attribute(_module(module_name, name), attribute, name)
     if isinstance(found, Workload) and not isinstance(found, type):
+        _check_options(None, options, name)
         return found
     if not callable(found):
         raise WorkloadError(
             f"{name} is a {type(found).__name__}, neither a workload nor a function that makes one"
         )
-    return _made(found, name)
+    _check_options(found, options, name)
+    return _made(found, name, options)
+
+
+def _check_options(factory: Any, options: dict[str, Any], name: str) -> None:
+    """Refuse options that a workload does not take; None stands for a workload that is made already."""
+    try:
+        taken = dict(inspect.signature(factory).parameters) if factory is not None else {}
+    except (TypeError, ValueError):
+        return  # written in C: calling it will tell
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values()):
+        return
+    unknown = ", ".join(f"--{option.replace('_', '-')}" for option in options if option not in taken)
+    if unknown:
+        takes = ", ".join(taken) or "none"
+        raise UsageError(f"workload {name} has no option {unknown}; the options it takes: {takes}")
 
 
 def _module(module_name: str, name: str) -> Any:
@@ -126,9 +161,9 @@ def _attribute(module: Any, attribute: str, name: str) -> Any:
     return found
 
 
-def _made(factory: Any, name: str) -> Workload:
+def _made(factory: Any, name: str, options: dict[str, Any]) -> Workload:
     try:
-        made = factory()
+        made = factory(**options)
     except CkptflipError:
         raise
     except Exception as error:  # the user's function may fail in any way

@@ -26,11 +26,19 @@ def main(rank: int, world: int, port: str, folder: str) -> None:
     model(torch.ones(4, 5)).sum().backward()
     optimizer.step()
     model_state, optimizer_state = get_state_dict(model, optimizer)
+    # Both ranks have all of it, and share out the writing.
+    plain = torch.nn.Sequential()
+    for name, given, made in (("conv1", 2, 3), ("conv2", 3, 4), ("head", 4, 2)):
+        plain.add_module(name, torch.nn.Linear(given, made))
+    plain_optimizer = torch.optim.Adam(plain.parameters())
+    plain(torch.ones(4, 2)).sum().backward()
+    plain_optimizer.step()
 
     def split(tensor, *placement):
         return distribute_tensor(tensor, mesh, placement)
 
     state = {
+        "plain": {"model": plain.state_dict(), "optimizer": plain_optimizer.state_dict()},
         "model": model_state,
         "optim": optimizer_state,
         "columns": split(torch.arange(24.0).reshape(4, 6), Shard(1)),

@@ -224,6 +224,44 @@ def test_links_that_leave_the_folder_are_refused(folder: Path, tmp_path: Path) -
     assert (tmp_path / "bad.zarr" / "more").readlink() == Path("notes.txt")
 
 
+def test_a_link_under_the_new_name_is_replaced_not_followed(shards: Path, tmp_path: Path) -> None:
+    """As in a cache whose files are known by their contents, and others link to them."""
+    source, precious = shards.with_name("model-00001-of-00002.safetensors"), tmp_path / "precious"
+    precious.write_text("mine")
+    (tmp_path / "out.safetensors").symlink_to(precious)
+    (tmp_path / "nowhere.safetensors").symlink_to(tmp_path / "nothing")
+    for name in ("out.safetensors", "nowhere.safetensors"):
+        with pytest.raises(UsageError, match="exists"):
+            ckptflip.inject(source, out=tmp_path / name, seed=1)
+        ckptflip.inject(source, out=tmp_path / name, seed=1, overwrite=True)
+        assert not (tmp_path / name).is_symlink()
+    assert precious.read_text() == "mine" and not (tmp_path / "nothing").exists()
+
+
+def test_a_link_to_itself_in_a_folder(folder: Path, tmp_path: Path) -> None:
+    (folder / "loop").symlink_to("loop")
+    with pytest.raises(CheckpointError, match="or to nothing"):
+        ckptflip.inject(folder, out=tmp_path / "bad.zarr", seed=1)
+
+
+def test_only_a_record_of_ones_own_is_taken_back(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process is faster, and writes the record first."""
+    record = tmp_path / "bad.safetensors.flips.jsonl"
+    real = files.copy
+
+    def copy(*given) -> None:
+        record.write_text("theirs")
+        real(*given)
+
+    monkeypatch.setattr(container.files, "copy", copy)
+    source = shards.with_name("model-00001-of-00002.safetensors")
+    with pytest.raises(UsageError, match="exists"):
+        ckptflip.inject(source, out=tmp_path / "bad.safetensors", seed=1)
+    assert record.read_text() == "theirs" and not (tmp_path / "bad.safetensors").exists()
+
+
 def test_a_failed_copy_leaves_nothing(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")

@@ -91,3 +91,26 @@ def test_a_chunk_that_no_filter_can_read(tmp_path):
             verb()
     assert [p.name for p in tmp_path.iterdir()] == ["a.h5"]
     assert ckptflip.inject(tmp_path / "a.h5", tensors="y", seed=1).bits_effective == 1
+
+
+@pytest.mark.parametrize("options", [{}, {"shuffle": True}, {"fletcher32": True}])
+@pytest.mark.parametrize("held", [0, 64, 4096 * 4 + 4, 1 << 24])
+def test_a_chunk_that_inflates_to_another_size(tmp_path, options, held):
+    """HDF5 would read beyond a short one, and fill the memory with a long one."""
+    import zlib
+
+    from ckptflip.checkpoints.hdf5.chunks import with_checksum
+
+    path = tmp_path / "a.h5"
+    data = zlib.compress(bytes(held))
+    with h5py.File(path, "w") as file:
+        made = file.create_dataset("w", (4096,), "f4", chunks=(4096,), compression="gzip", **options)
+        made.id.write_direct_chunk((0,), with_checksum(data) if "fletcher32" in options else data)
+    for verb in (
+        lambda: ckptflip.scan(path),
+        lambda: ckptflip.inject(path, seed=1),
+        lambda: ckptflip.convert(path, tmp_path / "b.npz"),
+    ):
+        with pytest.raises(CheckpointError, match="a chunk of 16384 bytes decodes to"):
+            verb()
+    assert [p.name for p in tmp_path.iterdir()] == ["a.h5"]

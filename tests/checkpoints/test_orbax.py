@@ -239,6 +239,25 @@ def test_names_and_what_is_left_out(written):
     assert skipped == {"note": "a string"}
 
 
+def test_layers_and_roles_of_a_training(tmp_path):
+    layers = [{"kernel": jnp.ones((2, 2))}, {"kernel": jnp.ones((2, 2))}]
+    tree = {
+        "params": {"layers": layers, "BatchNorm_0": {"scale": jnp.ones(2), "bias": jnp.ones(2)}},
+        "batch_stats": {"BatchNorm_0": {"mean": jnp.ones(2), "var": jnp.ones(2)}},
+        "opt_state": [{"count": jnp.int32(3), "mu": {"layers": layers}}, {"trace": {"layers": layers}}],
+    }
+    with ckptflip.opened(save(tmp_path / "a", tree)) as target:
+        found = {t.name: (t.layer, t.role) for t in target.tensors}
+    assert found == {
+        **{f"params/layers/{i}/kernel": (f"layers/{i}", "weight") for i in range(2)},
+        **{f"params/BatchNorm_0/{n}": ("BatchNorm_0", "norm") for n in ("scale", "bias")},
+        **{f"batch_stats/BatchNorm_0/{n}": ("BatchNorm_0", "statistic") for n in ("mean", "var")},
+        "opt_state/0/count": ("", "counter"),
+        **{f"opt_state/0/mu/layers/{i}/kernel": (f"layers/{i}", "optimizer") for i in range(2)},
+        **{f"opt_state/1/trace/layers/{i}/kernel": (f"layers/{i}", "optimizer") for i in range(2)},
+    }
+
+
 def test_keys_with_dots_and_slashes(tmp_path):
     tree = {"a.b": {"c": jnp.ones(3)}, "x/y": jnp.ones(4), "a": {"d.e": jnp.ones(5)}}
     for ocdbt_too in (False, True):

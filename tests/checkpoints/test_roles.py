@@ -1,4 +1,4 @@
-"""Layers and roles guessed from the names that Keras, PyTorch and Chainer give."""
+"""Layers and roles guessed from the names that Keras, PyTorch, Chainer, JAX and TensorFlow give."""
 
 import h5py
 import numpy as np
@@ -108,9 +108,45 @@ CHAINER = [
     ("updater/optimizer:main/t", I8, 0, (), "", "", "counter"),
     ("updater/iteration", I8, 0, (), "", "", "counter"),
 ]
+I4 = "int32"
+JAX = [
+    *((f"params/{n}/scale", F4, 1, (), "", n, "norm") for n in ("BatchNorm_0", "LayerNorm_0", "RMSNorm_0")),
+    ("params/bn1/scale", F4, 1, (), "", "bn1", "norm"),
+    ("params/BatchNorm_0/bias", F4, 1, (), "", "BatchNorm_0", "norm"),
+    ("params/rescaling/scale", F4, 0, (), "", "rescaling", "other"),
+    ("batch_stats/BatchNorm_0/mean", F4, 1, (), "", "BatchNorm_0", "statistic"),
+    ("batch_stats/bn1/var", F4, 1, (), "", "bn1", "statistic"),
+    ("batch_stats/own/mean", F4, 1, (), "", "own", "statistic"),
+    ("params/gaussian/mean", F4, 1, (), "", "gaussian", "other"),
+    ("params/layers/0/kernel", F4, 2, (), "", "layers/0", "weight"),
+    ("params/layers/0/attn/query/kernel", F4, 3, (), "", "layers/0/attn/query", "weight"),
+    ("params/Embed_0/embedding", F4, 2, (), "", "Embed_0", "embedding"),
+    ("opt_state/0/count", I4, 0, (), "", "", "counter"),
+    ("opt_state/0/count", F4, 0, (), "", "", "optimizer"),
+    ("params/cells/count", I4, 0, (), "", "cells", "other"),
+    *(
+        (f"opt_state/0/{tree}/conv1/kernel", F4, 4, (), "", "conv1", "optimizer")
+        for tree in ("mu", "nu", "trace", "momentum", "v_row")
+    ),
+    ("opt_state/1/0/mu/layers/0/kernel", F4, 2, (), "", "layers/0", "optimizer"),
+    ("opt_state/0/mu/BatchNorm_0/scale", F4, 1, (), "", "BatchNorm_0", "optimizer"),
+    ("opt_state/inner_states/head/inner_state/0/nu/params/head/bias", F4, 1, (), "", "head", "optimizer"),
+    ("model/layer1/0/weight", F4, 4, (), "", "layer1/0", "weight"),
+    ("model/0/weight", F4, 2, (), "", "0", "weight"),
+    ("optimizer/state/0/exp_avg", F4, 2, (), "", "", "optimizer"),
+]
+TENSORFLOW = [
+    ("optimizer/_iterations", I8, 0, (), "", "", "counter"),
+    ("save_counter", I8, 0, (), "", "", "counter"),
+    ("adam/iteration", I8, 0, (), "", "adam", "counter"),
+    ("adam/net_hidden_kernel_momentum", F4, 2, (), "", "adam", "optimizer"),
+    ("net/adam/kernel", F4, 2, (), "", "net/adam", "weight"),
+]
 
 
-@pytest.mark.parametrize("case", [*KERAS_2, *KERAS_3, *PYTORCH, *CHAINER], ids=lambda c: c[0])
+@pytest.mark.parametrize(
+    "case", [*KERAS_2, *KERAS_3, *PYTORCH, *CHAINER, *JAX, *TENSORFLOW], ids=lambda c: c[0]
+)
 def test_the_guess(case):
     path, dtype, ndim, siblings, given, layer, role = case
     assert guess(path, lookup(dtype), ndim, siblings, given) == (layer, role)

@@ -17,7 +17,7 @@ from ckptflip.bits import as_words
 from ckptflip.checkpoints import crc
 from ckptflip.checkpoints.target import Changes
 from ckptflip.checkpoints.tensorbundle import bundle as bundle_module
-from ckptflip.checkpoints.tensorbundle import graph, index_of, open_checkpoint, places, siblings
+from ckptflip.checkpoints.tensorbundle import graph, index_of, naming, open_checkpoint, places, siblings
 from ckptflip.checkpoints.tensorbundle.entries import read_index
 from ckptflip.checkpoints.tensorbundle.slices import slice_key
 from ckptflip.errors import CheckpointError
@@ -236,7 +236,7 @@ class TestSavedModel(CheckpointContract):
 
     def load(self, path: Path):
         found = tf.saved_model.load(str(path))
-        named = {"kernel": found.kernel, "listed/0": found.listed[0], "listed/1": found.listed[1]}
+        named = {"dense/kernel": found.kernel, "listed/0": found.listed[0], "listed/1": found.listed[1]}
         return {name: as_words(v.numpy()) for name, v in named.items()}
 
 
@@ -280,18 +280,20 @@ class TestNames:
     def test_of_keras(self, keras_checkpoint):
         checkpoint = open_checkpoint(keras_checkpoint)
         found = {t.name: t for t in checkpoint.tensors}
-        kernel = found["optimizer/_trainable_variables/0"]
-        assert kernel.aliases == ("net/hidden/kernel", "hidden/kernel")
+        kernel = found["net/hidden/kernel"]
+        assert kernel.aliases == ("optimizer/_trainable_variables/0", "hidden/kernel")
         assert (kernel.layer, kernel.role) == ("net/hidden", "weight")
-        mean = found["model/_functional/_operations/2/moving_mean"]
-        assert (mean.aliases[1], mean.layer, mean.role) == ("norm/moving_mean", "net/norm", "statistic")
-        momentum = found["optimizer/_variables/2"]
+        mean = found["net/norm/moving_mean"]
+        assert mean.aliases == ("model/_functional/_operations/2/moving_mean", "norm/moving_mean")
+        assert (mean.layer, mean.role) == ("net/norm", "statistic")
+        momentum = found["adam/net_hidden_kernel_momentum"]
+        assert momentum.aliases[0] == "optimizer/_variables/2"
         assert "adam/momentum of hidden/kernel" in momentum.aliases
         assert (momentum.layer, momentum.role) == ("net/hidden", "optimizer")
         roles = {name: found[name].role for name in ("save_counter", "step") if name in found}
         assert roles == {"step": "counter"}
-        assert found["optimizer/_iterations"].role == "counter"
-        assert found["optimizer/_learning_rate"].role == "optimizer"
+        assert found["adam/iteration"].role == "counter"
+        assert found["adam/learning_rate"].role == "optimizer"
         assert [(s.name, s.reason) for s in checkpoint.skipped] == [
             ("_CHECKPOINTABLE_OBJECT_GRAPH", "strings")
         ]
@@ -307,22 +309,35 @@ class TestNames:
             sign = -1 if one.path == "net/hidden/kernel" else 1
             np.testing.assert_array_equal(one.numpy() * sign, other.numpy())
 
-    def test_of_copies_in_an_exported_model(self, saved_model, tmp_path, model):
+    def test_of_copies_in_an_exported_model(self, saved_model, tmp_path, model, monkeypatch):
+        """They are left out, since flips in them change nothing."""
         checkpoint = open_checkpoint(saved_model)
-        by_name = {t.name: t for t in checkpoint.tensors}
-        kernels = [t for t in checkpoint.tensors if t.shape == (4, 3)]
-        assert sorted((t.role, t.aliases) for t in kernels) == [
-            ("other", ()),
-            ("weight", ("net/hidden/kernel", "hidden/kernel")),
-        ]
-        assert {t.layer for t in kernels} == {"net/hidden"}
+        reasons = {s.reason: s.name for s in checkpoint.skipped}
+        copy = reasons["a second copy of net/hidden/kernel that loading does not use"]
+        assert copy.startswith("_all_variables/")
+        assert sum(" copy of " in r for r in reasons) == len(model.variables)
+        names = {t.name for t in checkpoint.tensors}
+        assert {v.path for v in model.variables} <= names and not any("_all_" in n for n in names)
+        monkeypatch.setattr(naming, "_COPIES", "nothing begins so/")
         x = tf.ones((1, 4))
-        for name, is_used in ((kernels[0].name, False), ("hidden/kernel", True)):
+        for name, is_used in ((copy, False), ("variables/0", True)):
             out = tmp_path / str(is_used)
             ckptflip.inject(saved_model, out=out, tensors=name, bits="24", count=12, seed=1)
             served = tf.saved_model.load(str(out))
             assert bool((served.serve(x).numpy() != model(x).numpy()).any()) == is_used
-        assert by_name[kernels[0].name].role == "other"
+
+    @pytest.mark.parametrize("change", [{"shape": (2,)}, {"dtype": tf.int32}, {"name": "net/bias"}, None])
+    def test_of_what_only_looks_like_a_copy(self, tmp_path, change):
+        kinds = {"name": "net/kernel", "shape": (3,), "dtype": tf.float32}
+        real, other = (
+            tf.Variable(tf.ones(k["shape"], k["dtype"]), name=k["name"])
+            for k in (kinds, kinds | (change or {}))
+        )
+        tf.train.Checkpoint(_all_variables=[other], real=real).write(str(tmp_path / "c"))
+        checkpoint = open_checkpoint(tmp_path / "c")
+        left_out = [s.name for s in checkpoint.skipped if " copy of " in s.reason]
+        assert left_out == ([] if change else ["_all_variables/0"])
+        assert sum("_all_variables/0" in (t.name, *t.aliases) for t in checkpoint.tensors) == bool(change)
 
     def test_of_layers_without_a_name(self, tmp_path):
         """Keras calls the variables of layers that `fit` built alike: their places tell them apart."""
@@ -353,8 +368,11 @@ class TestNames:
         kernel, memory = (tf.Variable(tf.ones((2, 2)), name=n) for n in ("dense/kernel", "memory"))
         optimizer = tf.train.Checkpoint(_trainable_variables=[kernel], held=[kernel], memories=[memory])
         tf.train.Checkpoint(optimizer=optimizer).write(str(tmp_path / "c"))
-        found = [(t.aliases, t.layer, t.role) for t in open_checkpoint(tmp_path / "c").tensors]
-        assert found == [(("dense/kernel",), "dense", "weight"), (("memory",), "dense", "optimizer")]
+        found = [(t.name, t.aliases, t.layer, t.role) for t in open_checkpoint(tmp_path / "c").tensors]
+        assert found == [
+            ("dense/kernel", ("optimizer/_trainable_variables/0",), "dense", "weight"),
+            ("optimizer/memories/0", ("memory",), "dense", "optimizer"),
+        ]
 
     def test_of_slot_variables(self, tmp_path):
         weights = tf.Variable(tf.ones((2, 2)), name="emb/weights")
@@ -364,8 +382,8 @@ class TestNames:
             str(tmp_path / "c")
         )
         found = {t.name: (t.aliases, t.layer, t.role) for t in open_checkpoint(tmp_path / "c").tensors}
-        assert found["net/v"] == (("emb/weights",), "emb", "embedding")
-        assert found["net/v/.OPTIMIZER_SLOT/optimizer/m"] == (("emb/weights/Adam",), "emb", "optimizer")
+        assert found["emb/weights"] == (("net/v",), "emb", "embedding")
+        assert found["emb/weights/Adam"] == (("net/v/.OPTIMIZER_SLOT/optimizer/m",), "emb", "optimizer")
         assert found["optimizer/beta1_power"][2] == "optimizer"
 
     def test_of_tensorflow_1(self, tmp_path):
@@ -404,6 +422,23 @@ class TestNames:
             assert "damaged, so that tensors go by their keys alone" in reason and why in reason
             assert all(not t.aliases for t in checkpoint.tensors)
             assert len(checkpoint.tensors) == len(open_checkpoint(keras_checkpoint).tensors)
+            assert {t.name: t.role for t in checkpoint.tensors}["optimizer/_iterations"] == "counter"
+
+    def test_that_are_real_outlive_a_conversion(self, keras_checkpoint, tmp_path):
+        """Into a format that keeps one name of each tensor; keys select as names do."""
+        ckptflip.convert(keras_checkpoint, tmp_path / "a.safetensors")
+        key = "optimizer/_trainable_variables/0"
+        with ckptflip.opened(tmp_path / "a.safetensors") as target:
+            found = {t.name: (t.layer, t.role) for t in target.tensors}
+        assert found["net/hidden/kernel"] == ("net/hidden", "weight")
+        assert found["adam/net_hidden_kernel_momentum"][1] == "optimizer"
+        assert found["adam/iteration"][1] == "counter"
+        assert not any(n.startswith("optimizer/") for n in found)
+        hits = [
+            ckptflip.inject(keras_checkpoint, tensors=name, count=3, seed=1, dry_run=True).plan.word.tolist()
+            for name in (key, "net/hidden/kernel", "hidden/kernel")
+        ]
+        assert hits[0] == hits[1] == hits[2]
 
 
 class TestChecksums:
@@ -439,7 +474,7 @@ class TestChecksums:
             tf.train.Checkpoint(model=restored, optimizer=restored.optimizer).read(str(out))
         index, data = siblings(out.with_name("c.index"))
         checkpoint = open_checkpoint(out)
-        kernel = next(i for i, t in enumerate(checkpoint.tensors) if "hidden/kernel" in t.aliases)
+        kernel = next(i for i, t in enumerate(checkpoint.tensors) if t.name == "net/hidden/kernel")
         offset = checkpoint.tensors[kernel].offset
         seal = next(s for s in checkpoint.seals if (s.file, s.start) == (1, offset))
         raw = bytearray(index.read_bytes())
@@ -649,7 +684,8 @@ class TestHostileFiles:
                 with pytest.raises(CheckpointError):
                     open_checkpoint(put(tmp_path, whole[:length]))
         for length in range(len(GOLDEN_DATA)):
-            with pytest.raises(CheckpointError, match="'w' would lie at bytes 0 to 12"):
+            why = rf"b\.data-00000-of-00001 is truncated: it has {length} bytes.* 'w' .* 0 to 12\. Copy or"
+            with pytest.raises(CheckpointError, match=why):
                 open_checkpoint(put(tmp_path, GOLDEN_INDEX, GOLDEN_DATA[:length]))
 
     @settings(max_examples=2000, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)

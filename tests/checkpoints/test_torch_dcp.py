@@ -118,15 +118,140 @@ def test_optimizer_state_belongs_to_its_parameter(tmp_path):
         assert kinds[name] == ("1", "optimizer")
 
 
+class Numbered(torch.nn.Module):
+    """A model with layers that have names, and some that are numbered, as parameters are."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1 = torch.nn.Conv2d(1, 4, 3)
+        self.bn1 = torch.nn.BatchNorm2d(4)
+        self.conv2 = torch.nn.Conv2d(4, 4, 3)
+        self.blocks = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 4))
+
+    def forward(self, x):
+        return self.blocks(self.conv2(self.bn1(self.conv1(x))).mean((2, 3)))
+
+
+def trained(model, optimizer, shape):
+    model(torch.ones(shape)).sum().backward()
+    optimizer.step()
+    return {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": 3}
+
+
+def adam(model):
+    return torch.optim.Adam(model.parameters())
+
+
+def momentum_by_names(model):
+    """Two groups in another order than the model's, told by their names alone."""
+    named = list(model.named_parameters())
+    groups = [{"params": [p for p in named if p[1].ndim == n]} for n in (1, 2, 4)]
+    return torch.optim.SGD([g for g in groups if g["params"]], lr=0.1, momentum=0.9)
+
+
+@pytest.mark.parametrize("optimizer", [adam, momentum_by_names])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_numbered_state_belongs_to_what_it_does_in_a_pytorch_file(tmp_path, optimizer, frozen):
+    model = Numbered()
+    state = trained(model, optimizer(model), (2, 1, 9, 9))
+    if frozen:  # the model has more parameters than the optimizer: only names tell
+        state["model"]["extra"] = torch.ones(4)
+    torch.save(state, tmp_path / "state.pt")
+    folder = save(state, tmp_path / "step")
+    with ckptflip.opened(tmp_path / "state.pt") as target:
+        expected = {t.name: (t.layer, t.role) for t in target.tensors}
+    found = {t.name: (t.layer, t.role) for t in open_checkpoint(folder).tensors}
+    assert found == expected
+    layers = {layer for name, (layer, _) in found.items() if name.startswith("optimizer/")}
+    told = not frozen or optimizer is momentum_by_names
+    assert layers == ({"conv1", "bn1", "conv2", "blocks.0", "blocks.2"} if told else {""})
+    hit = [
+        ckptflip.inject(p, layers="conv*", count=20, seed=1, dry_run=True)
+        for p in (folder, tmp_path / "state.pt")
+    ]
+    assert [t.name for t in hit[0].header.tensors] == [t.name for t in hit[1].header.tensors]
+    assert any(t.name.startswith("optimizer/") for t in hit[0].header.tensors) == told
+
+
+def test_numbers_of_parameters_are_never_layers(tmp_path):
+    """Not even where the layers of the model are numbered, or nothing tells what the numbers mean."""
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2))
+    state = trained(model, adam(model), (2, 4))
+    found = open_checkpoint(save(state, tmp_path / "whole"))
+    layers = {t.name: t.layer for t in found.tensors if t.name.startswith("optimizer")}
+    assert [layers[f"optimizer/state/{i}/exp_avg"] for i in range(4)] == ["0", "0", "1", "1"]
+    alone = open_checkpoint(save({"optimizer": state["optimizer"]}, tmp_path / "alone"))
+    stateless = {"optimizer": {"state": state["optimizer"]["state"]}}
+    without_groups = open_checkpoint(save(stateless, tmp_path / "without"))
+    for each in (alone, without_groups):
+        assert {t.layer for t in each.tensors} == {""}
+
+
+def test_several_optimizers_know_their_models(tmp_path):
+    one, other = torch.nn.Sequential(torch.nn.Linear(4, 3)), torch.nn.Sequential(torch.nn.Linear(5, 2))
+    one._modules["first"] = one._modules.pop("0")
+    state = {"a": trained(one, adam(one), (2, 4)), "b": trained(other, adam(other), (2, 5))}
+    found = {t.name: t.layer for t in open_checkpoint(save(state, tmp_path / "step")).tensors}
+    assert found["a/optimizer/state/1/exp_avg"] == "first"
+    assert found["b/optimizer/state/1/exp_avg"] == "0"
+
+
+def test_names_that_are_keys_are_not_taken_for_another_order(tmp_path):
+    """State that goes by names, of parameters of one shape that the optimizer has in another order."""
+    weights = {name: torch.zeros(3) for name in ("a.weight", "b.weight")}
+    state = {name: {"exp_avg": torch.zeros(3)} for name in weights}
+    groups = [{"params": ["b.weight"], "lr": 0.1}, {"params": ["a.weight"], "lr": 0.1}]
+    folder = save({"model": weights, "optim": {"state": state, "param_groups": groups}}, tmp_path / "step")
+    found = {t.name: t.layer for t in open_checkpoint(folder).tensors}
+    assert [found[f"optim/state/{n}/exp_avg"] for n in weights] == ["a", "b"]
+
+
+def test_groups_that_cannot_be_read_tell_nothing(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3))
+    folder = save(trained(model, adam(model), (2, 4)), tmp_path / "step")
+    metadata = described(folder)
+    index = next(i for i in metadata.storage_data if i.fqn == "optimizer.param_groups.0.params")
+    place = metadata.storage_data[index]
+    mark = tmp_path / "executed"
+    with (folder / place.relative_path).open("r+b") as file:
+        file.seek(place.offset)
+        raw = file.read(place.length)
+        at = raw.index(b"\x80\x02")
+        file.seek(place.offset + at)
+        file.write(f"cos\nsystem\n(S'touch {mark}'\ntR.".encode())
+    assert {t.layer for t in open_checkpoint(folder).tensors if t.name.startswith("optimizer")} == {""}
+    assert not mark.exists()
+    for change, refused in (({"offset": 1 << 50}, False), ({"relative_path": "../x"}, True)):
+        for name, value in change.items():
+            setattr(place, name, value)
+        write_index(folder, metadata)
+        assert attempt(folder) != refused
+
+
+def test_a_truncated_data_file_is_named(tmp_path):
+    folder = save({"a": torch.ones(50), "b": torch.ones(50)}, tmp_path / "step")
+    data = folder / "__0_0.distcp"
+    raw = data.read_bytes()
+    for length in (len(raw) - 1, len(raw) // 2, 0):
+        data.write_bytes(raw[:length])
+        why = rf"__0_0\.distcp is truncated: it has {length} bytes, and b .* Copy or download it again"
+        with pytest.raises(CheckpointError, match=why):
+            open_checkpoint(folder)
+
+
 def test_two_ranks(two_ranks):
     found = open_checkpoint(two_ranks)
     by_name = {t.name: t for t in found.tensors}
     assert {f.name for f in found.files} == {".metadata", "__0_0.distcp", "__1_0.distcp"}
     assert by_name["columns"].shards == (Shard(0, (0, 0), (4, 3)), Shard(1, (0, 3), (4, 3)))
     assert by_name["model/0.weight"].shards == (Shard(0, (0, 0), (4, 5)), Shard(1, (4, 0), (3, 5)))
-    assert (by_name["model/0.weight"].shape, by_name["model/0.weight"].layout) == ((7, 5), "2 chunks")
+    assert (by_name["model/0.weight"].shape, by_name["model/0.weight"].layout) == (
+        (7, 5),
+        "2 chunks, ranks 0-1",
+    )
     assert by_name["model/0.weight"].offset is None
     assert by_name["few"].shards == (Shard(0, (0,), (1,)),)
+    assert by_name["few"].layout == "contiguous, rank 0"
     assert len(by_name["replica"].shards) == 1
     expected = {
         "columns": torch.arange(24.0),
@@ -138,6 +263,10 @@ def test_two_ranks(two_ranks):
     for name, tensor in expected.items():
         assert all_words(found, name).tolist() == words_of(tensor).tolist()
     assert by_name["optim/state/2.weight/exp_avg"].layer == "2"
+    plain = {n: t.layer for n, t in by_name.items() if n.startswith("plain/optimizer/")}
+    slots = ("step", "exp_avg", "exp_avg_sq")
+    layers = ("conv1", "conv1", "conv2", "conv2", "head", "head")
+    assert plain == {f"plain/optimizer/state/{i}/{s}": n for i, n in enumerate(layers) for s in slots}
     loaded = load({"model": {"0.weight": torch.zeros(7, 5)}}, two_ranks)["model"]["0.weight"]
     assert all_words(found, "model/0.weight").tolist() == words_of(loaded).tolist()
 
@@ -240,7 +369,7 @@ ATTACKS = {
     "absolute": (lambda m: setattr(place_of(m, "columns"), "relative_path", "/etc/passwd"), "outside"),
     "missing": (lambda m: setattr(place_of(m, "columns"), "relative_path", "__9_0.distcp"), "No such file"),
     "a folder": (lambda m: setattr(place_of(m, "columns"), "relative_path", "."), "cannot be read"),
-    "beyond the file": (lambda m: setattr(place_of(m, "columns"), "length", 1 << 40), "ends at byte|overlap"),
+    "beyond the file": (lambda m: setattr(place_of(m, "columns"), "length", 1 << 40), "truncated|overlap"),
     "negative": (lambda m: setattr(place_of(m, "columns"), "offset", -5), "not given"),
     "no number": (lambda m: setattr(place_of(m, "columns"), "offset", "5"), "not given"),
     "beyond the tensor": (beyond_the_tensor, "reaches beyond"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import zlib
 from itertools import count
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ from ckptflip.errors import CheckpointError
 
 # HDF5 refuses two open files of one name, in memory too.
 _NAMES = count()
+_GZIP, _SHUFFLE = 1, 2
 
 
 class ChunkCodec:
@@ -57,6 +60,7 @@ class ChunkCodec:
         """
         if not self._filters:
             return np.frombuffer(stored, np.uint8).reshape(-1, self._kind.get_size())
+        self._check_size(stored, filter_mask)
         if self._has_checksum(filter_mask):
             stored = with_checksum(stored[:-4])
         try:
@@ -70,6 +74,28 @@ class ChunkCodec:
         except (OSError, ValueError) as why:
             raise CheckpointError(f"{self._name}: a chunk cannot be decoded: {why}") from None
         return records.view(np.uint8).reshape(records.size, -1)
+
+    def _check_size(self, stored: bytes, filter_mask: int) -> None:
+        """Refuse a chunk that does not decode to its size: HDF5 would read beyond it, or fill the memory."""
+        size = prod(self._shape) * self._kind.get_size()
+        for i in reversed(range(len(self._filters))):
+            if filter_mask >> i & 1 or self._filters[i] == _SHUFFLE:
+                continue
+            if self._filters[i] == FLETCHER32:
+                stored = stored[:-4]
+                continue
+            before = [f for k, f in enumerate(self._filters[:i]) if not filter_mask >> k & 1]
+            if self._filters[i] != _GZIP or any(f != _SHUFFLE for f in before):
+                return  # only the library knows how much its other filters give
+            try:
+                stored = zlib.decompressobj().decompress(stored, size + 1)
+            except zlib.error as why:
+                raise CheckpointError(f"{self._name}: a chunk cannot be decoded: {why}") from None
+        if len(stored) != size:
+            more = "more than " if len(stored) > size else ""
+            raise CheckpointError(
+                f"{self._name}: a chunk of {size} bytes decodes to {more}{min(len(stored), size)}: damaged"
+            )
 
     def encode(self, records: NDArray[np.uint8]) -> tuple[bytes, int]:
         """The stored form of a chunk and the filters that were skipped.

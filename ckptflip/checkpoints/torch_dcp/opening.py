@@ -173,7 +173,7 @@ def _check_whole(path: Path, size: int, items: Iterable[tuple[int, int, str]]) -
 def _item(fd: int, where: str, file: int, chunk: Chunk) -> tuple[_Part, list[Seal]]:
     """The tensor that the item of a chunk holds."""
     found = contents(fd, where, file=file, start=chunk.offset, length=chunk.length)
-    if len(found.tensors) != 1 or found.tensors[0].aliases:
+    if len(found.tensors) != 1 or found.tensors[0].aliases or found.tensors[0].views:
         reason = found.skipped[0].reason if found.skipped else "its item does not hold one plain tensor"
         return _Part(chunk, None, reason), []
     tensor = found.tensors[0]

@@ -101,6 +101,11 @@ def contents(
         raise CheckpointError(f"{where} is damaged: {why}. Copy or download it again") from None
     parameters = {name: value for tree, _ in trees for name, value in parameter_names(tree).items()}
     skipped = [s for tree, _ in trees for s in tree.skipped]
+    skipped += [
+        Skipped(name, f"another view of the words of {each.view.name}, which stands for them")
+        for each in stored.tensors
+        for name in each.views
+    ]
     return Contents(stored.tensors, [*skipped, *stored.skipped], stored.seals, parameters)
 
 

@@ -1,7 +1,9 @@
 """Tensors that share a storage: which of them are the same words, which are apart, which overlap.
 
-A word must be in the catalogue once, whatever the number of its names. Views of the same words are one tensor
-with aliases. Views that overlap in part are one tensor as well: a run of words from the first to the last.
+A word must be in the catalogue once, whatever the number of its names. Views of the same words are one
+tensor, and those of them with the same shape and strides are its aliases; element 5 of a transposed view is
+another word, so other views give no names. Views that overlap in part are one tensor as well: a run of
+words from the first to the last.
 """
 
 from __future__ import annotations
@@ -18,6 +20,9 @@ from ckptflip.checkpoints.torch_zip.dtypes import Dtype
 from ckptflip.checkpoints.torch_zip.trees import View
 
 _SHARED = "views of one storage"
+# The shape is not that of the tensor's name: views overlap in part, or an axis repeats the same words.
+RUN = "run of overlapping views"
+EXPANDED = "expanded"
 # Views between which it is worked out whether they are apart; more of them at once count as overlapping.
 _MOST_TOGETHER = 256
 _MOST_PAIRS = 1 << 20
@@ -30,8 +35,9 @@ class Shared(Struct, frozen=True):
         view: the one that names it.
         shape: elements along each axis.
         layout: where its words lie.
-        aliases: names of the other views.
+        aliases: names of the other views of the same elements in the same order.
         how: the layout in words.
+        views: names of views that share its words otherwise.
     """
 
     view: View
@@ -39,6 +45,7 @@ class Shared(Struct, frozen=True):
     layout: Layout
     aliases: tuple[str, ...] = ()
     how: str = "contiguous"
+    views: tuple[str, ...] = ()
 
 
 class _Region(Struct, frozen=True):
@@ -218,10 +225,25 @@ def _in_rows(region: _Region, row: int, origin: int) -> tuple[int, int, _Region]
 def _named(
     members: Sequence[int], views: Sequence[View], storage: Storage, others: tuple[str, ...] = ()
 ) -> Shared:
-    """A tensor after its first view."""
-    found = _laid(views[members[0]], storage)
-    aliases = (*(views[i].name for i in members[1:]), *others)
-    return Shared(found.view, found.shape, found.layout, aliases, _SHARED if others else found.how)
+    """A tensor after one of its views: one in C order if there is one, whichever name comes first."""
+    natural = [i for i in members if views[i].strides == strides_of(views[i].shape, 1)]
+    first = (natural or list(members))[0]
+    found = _laid(views[first], storage)
+    alike = [i for i in members if i != first and _same_elements(views[i], views[first])]
+    apart = [i for i in members if i != first and i not in alike]
+    named = tuple(views[i].name for i in alike)
+    return Shared(
+        found.view,
+        found.shape,
+        found.layout,
+        named,
+        _SHARED if others or apart else found.how,
+        (*(views[i].name for i in apart), *others),
+    )
+
+
+def _same_elements(a: View, b: View) -> bool:
+    return (a.dtype, a.offset, a.shape, a.strides) == (b.dtype, b.offset, b.shape, b.strides)
 
 
 def _run(views: Sequence[View], members: Sequence[int], region: _Region, storage: Storage) -> Shared:
@@ -234,7 +256,7 @@ def _run(views: Sequence[View], members: Sequence[int], region: _Region, storage
     shape = ((region.high - region.low) // size,)
     order = storage.order if size > 1 else "<"
     layout = contiguous(storage.file, storage.offset + region.low, number, shape, order)
-    return Shared(view, shape, layout, tuple(views[i].name for i in members[1:]), _SHARED)
+    return Shared(view, shape, layout, (), RUN, tuple(views[i].name for i in members[1:]))
 
 
 def _laid(view: View, storage: Storage) -> Shared:
@@ -255,9 +277,11 @@ def _laid(view: View, storage: Storage) -> Shared:
     natural = strides_of(kept, 1)
     strides = tuple(s if n > 1 else m for n, s, m in zip(kept, view.strides, natural, strict=True))
     how = "packed" if dtype.packed else "contiguous"
-    if strides != natural:
+    if kept != view.shape:
+        how = EXPANDED
+    elif strides != natural:
         how = f"{how}, strided" if dtype.packed else "strided"
-    elif dtype.packed == 0:
+    if strides == natural and dtype.packed == 0:
         return Shared(view, shape, contiguous(file, at, number, shape, order), how=how)
     bits = tuple(s * dtype.itemsize * 8 for s in strides)
     dims = kept

@@ -208,6 +208,11 @@ class _Walker:
         if dtype is None:
             self._skip(name, "its dtype is not known")
             return
+        lazy = dict(pairs_of(call.args[-1])) if len(call.args) > 6 else {}
+        if lazy.get("conj") or lazy.get("neg"):
+            # What the loader shows is not what is stored: a record's values would be wrong.
+            self._skip(name, "stored before it is conjugated or negated; save tensor.resolve_conj()")
+            return
         shape, steps = _lengths(size, name), _lengths(strides, name)
         if len(shape) != len(steps) or not is_count(offset):
             raise DamagedError(f"{name or 'its tensor'} has the shape {shape} with the strides {steps}")

@@ -6,6 +6,7 @@ under `archive/data/`, each at a multiple of 64 bytes. `torch.load(path, weights
 
 from __future__ import annotations
 
+import re
 import struct
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -32,6 +33,7 @@ _NAMED = frozenset(
         *("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu"),
     )
 )
+_NUMBER = re.compile(r"0|[1-9]\d{0,8}")
 _ALIGNMENT = 64
 _ROOT = "archive"
 Tree = dict["str | int", "Tree | int"]
@@ -60,8 +62,13 @@ def write(path: Path, entries: Sequence[Entry]) -> None:
 
 
 def _plant(tree: Tree, name: str, tensor: int) -> None:
-    """Put a tensor into nested dictionaries: `optimizer/state/0/exp_avg` lies three deep."""
-    *folders, leaf = (int(p) if p.isascii() and p.isdecimal() else p for p in name.split("/"))
+    """Put a tensor into nested dictionaries: `optimizer/state/0/exp_avg` lies three deep.
+
+    PyTorch's optimizers number their parameters; all other keys are text.
+    """
+    parts = name.split("/")
+    numbered = (a == "state" and _NUMBER.fullmatch(b) for a, b in zip(["", *parts], parts, strict=False))
+    *folders, leaf = (int(p) if n else p for p, n in zip(parts, numbered, strict=True))
     for folder in folders:
         below = tree.setdefault(folder, {})
         if not isinstance(below, dict):

@@ -70,7 +70,7 @@ def find(root: Path, below: str = "", first: int = 0) -> Found:
             continue
         folders = [n for n, e in entries.items() if e.is_dir(follow_symlinks=False)]
         waiting.extend(f"{here}{name}/" for name in sorted(folders, reverse=True))
-        linked = sorted(n for n, e in entries.items() if e.is_symlink() and e.is_dir())
+        linked = sorted(n for n, e in entries.items() if e.is_symlink() and Path(e.path).is_dir())
         found.skipped.extend(Skipped(_shown(f"{here}{name}"), "a link to a folder") for name in linked)
     return found
 
