@@ -86,10 +86,15 @@ def _csv(rows: Iterable[dict[str, Any]], columns: Sequence[str]) -> None:
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(columns)
     for row in rows:
-        writer.writerow(
-            [",".join(map(str, v)) if isinstance(v, tuple | list) else v for v in (row[c] for c in columns)]
-        )
+        writer.writerow([_field(row[c]) for c in columns])
     click.echo(buffer.getvalue(), nl=False)
+
+
+def _field(value: Any) -> Any:
+    """A value for a line of CSV; as everywhere, names cannot command the terminal."""
+    if isinstance(value, tuple | list):
+        return _printable(",".join(map(str, value)))
+    return _printable(value) if isinstance(value, str) else value
 
 
 def many(count: int, noun: str, plural: str | None = None) -> str:
