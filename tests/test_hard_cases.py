@@ -65,13 +65,13 @@ def test_only_plain_files_are_replaced(checkpoint, tmp_path, option):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.h5", "folder", "pipe"]
 
 
-def test_a_link_stays_a_link(checkpoint, tmp_path):
+def test_a_link_in_the_way_is_replaced_not_what_it_stands_for(checkpoint, tmp_path):
     target, link = tmp_path / "target.h5", tmp_path / "link.h5"
     target.write_bytes(b"old")
     link.symlink_to(target)
     ckptflip.inject(checkpoint, out=link, overwrite=True, seed=1)
-    assert link.is_symlink()
-    assert [row.bits for row in ckptflip.diff(checkpoint, target)] == [1]
+    assert not link.is_symlink() and target.read_bytes() == b"old"
+    assert [row.bits for row in ckptflip.diff(checkpoint, link)] == [1]
 
 
 @pytest.mark.parametrize("name", [".", ""])

@@ -24,7 +24,7 @@ from ckptflip.vision.architectures import ARCHITECTURES, Dropout  # noqa: E402
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 sys.path.insert(0, str(Path(__file__).parent))
-import twins  # noqa: E402
+import vision_twins as twins  # noqa: E402
 
 # For ten classes and three channels; ResNets and VGG16 as in the widespread CIFAR collections.
 PARAMETERS = {
@@ -77,7 +77,7 @@ def test_every_layer_s_output_equals_its_twin_s(name, dtype):
 
 def test_twins_are_equal_on_another_backend():
     other = "torch" if backend() != "torch" else "tensorflow"
-    script = Path(__file__).with_name("twins.py")
+    script = Path(__file__).with_name("vision_twins.py")
     environment = os.environ | {"KERAS_BACKEND": other, "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run(
         [sys.executable, str(script)], env=environment, capture_output=True, text=True, check=True

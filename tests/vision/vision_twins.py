@@ -1,6 +1,6 @@
 """Comparing the vision models' twins on the backend of Keras that a process runs on.
 
-KERAS_BACKEND=torch python twins.py        compare all of them; what differs, as JSON
+KERAS_BACKEND=torch python vision_twins.py        compare all of them; what differs, as JSON
 """
 
 from __future__ import annotations
