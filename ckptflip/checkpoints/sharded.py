@@ -13,16 +13,15 @@ import msgspec
 from msgspec import Struct, field
 from msgspec.structs import replace
 
-from ckptflip.checkpoints.files import open_plain
+from ckptflip.checkpoints import shard_index
 from ckptflip.checkpoints.laid import LaidOut
 from ckptflip.checkpoints.pieces import Layout
 from ckptflip.checkpoints.seals import Seal
 from ckptflip.checkpoints.target import NewFile, Skipped
-from ckptflip.errors import CheckpointError, UsageError
+from ckptflip.errors import CheckpointError
 from ckptflip.faults.catalogue import Tensor
 
 _SUFFIXES = (".safetensors.index.json", ".bin.index.json")
-_LARGEST_INDEX = 1 << 28
 _INDENTS = (2, None, 4)
 
 Opener = Callable[[Path], LaidOut]
@@ -51,9 +50,9 @@ def open_checkpoint(path: Path) -> LaidOut:
     Raises:
         CheckpointError: the index or a shard is missing or damaged, or they disagree.
     """
-    weight_map = _index(path, _read(path)).weight_map
+    weight_map = _index(path, shard_index.read(path)).weight_map
     names = list(dict.fromkeys(weight_map.values()))
-    files = [_shard(path, name) for name in names]
+    files = [shard_index.beside(path, name) for name in names]
     opener = _opener(path)
     return merged(path, weight_map, [opener(f) for f in files])
 
@@ -113,17 +112,6 @@ def renamed_index(data: bytes, names: Mapping[str, str]) -> bytes:
     return (json.dumps(index, indent=indent, ensure_ascii=ascii_only) + end).encode()
 
 
-def _read(path: Path) -> bytes:
-    try:
-        with open_plain(path) as file:
-            data = file.read(_LARGEST_INDEX + 1)
-    except OSError as why:
-        raise CheckpointError(f"{path} cannot be read: {why.strerror or why}") from None
-    if len(data) > _LARGEST_INDEX:
-        raise CheckpointError(f"{path} has more than {_LARGEST_INDEX} bytes: no index of shards")
-    return data
-
-
 def _index(path: Path, data: bytes) -> _Index:
     try:
         index = msgspec.json.decode(data, type=_Index)
@@ -134,20 +122,6 @@ def _index(path: Path, data: bytes) -> _Index:
     if not index.weight_map:
         raise CheckpointError(f"{path} names no shards: its weight_map is empty")
     return index
-
-
-def _shard(path: Path, name: str) -> Path:
-    """The file of a shard: beside the index, perhaps a link to elsewhere, as in Hugging Face's cache."""
-    if name in ("", ".", "..") or any(c in name for c in "/\\\0") or name == path.name:
-        raise CheckpointError(f"{path} names the shard {name!r}; only files beside it are read")
-    shard = path.parent / name
-    try:
-        found = shard.is_file()
-    except OSError:
-        found = False
-    if not found:
-        raise CheckpointError(f"{path} names the shard {name}, which is missing. Download the set again")
-    return shard
 
 
 def _opener(path: Path) -> Opener:
@@ -189,17 +163,6 @@ def _seal_shifted(seal: Seal, by: int) -> Seal:
 def _renamed(path: Path, files: Sequence[Path], out: Path) -> list[NewFile]:
     """The index under another name, and its shards, which carry that name too."""
     suffix = next((s for s in _SUFFIXES if path.name.endswith(s)), ".index.json")
-    if not out.name.endswith(suffix):
-        raise UsageError(f"{path} is an index of shards: name another that ends in {suffix}, not {out.name}")
-    old, new = path.name.removesuffix(suffix), out.name.removesuffix(suffix)
-    names = {f.name: _renamed_shard(f.name, old, new) for f in files[1:]}
-    if len(set(names.values())) < len(names) or out.name in names.values():
-        names = {name: f"{new}-{name}" for name in names}
-    data = renamed_index(_read(path), names)
+    names = shard_index.new_names(path, suffix, out, [f.name for f in files[1:]])
+    data = renamed_index(shard_index.read(path), names)
     return [NewFile(out, data), *(NewFile(out.with_name(names[f.name])) for f in files[1:])]
-
-
-def _renamed_shard(name: str, old: str, new: str) -> str:
-    if old == new:
-        return name
-    return new + name.removeprefix(old) if name.startswith(old) else f"{new}-{name}"

@@ -2,45 +2,12 @@
 
 from __future__ import annotations
 
-import ast
-import json
-import os
-import subprocess
-import sys
-from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from keras_processes import BACKENDS, names_in, results
 
 CHECKS = Path(__file__).with_name("keras_callback_checks.py")
-NAMES = [
-    node.name
-    for node in ast.parse(CHECKS.read_text("utf-8")).body
-    if isinstance(node, ast.FunctionDef) and node.name.startswith("check_")
-]
-BACKENDS = [b for b in ("torch", "tensorflow", "jax") if find_spec("keras") and find_spec(b)]
-
-
-@cache
-def results(backend: str, folder: Path) -> dict[str, str | None]:
-    """What the checks raised, in a process of their own."""
-    out = folder / f"{backend}.json"
-    quiet = {
-        "KERAS_BACKEND": backend,
-        "TF_CPP_MIN_LOG_LEVEL": "3",
-        "JAX_PLATFORMS": "cpu",
-        "CUDA_VISIBLE_DEVICES": "",
-        "OMP_NUM_THREADS": "1",
-        "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
-        "PYTHONPATH": str(CHECKS.parents[2]),
-    }
-    done = subprocess.run(
-        [sys.executable, str(CHECKS), str(out)], env=os.environ | quiet, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    found: dict[str, str | None] = json.loads(out.read_text())
-    return found
 
 
 @pytest.fixture(scope="session")
@@ -48,10 +15,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("keras-callbacks")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", names_in(CHECKS))
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_keras_callbacks(backend: str, name: str, folder: Path) -> None:
-    found = results(backend, folder)
+    found = results(CHECKS, backend, folder)
     if name not in found:
         pytest.skip("compiles a step for every model; checked on the other backends")
     assert found[name] is None, found[name]

@@ -13,18 +13,17 @@ from msgspec import Struct
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from ckptflip.checkpoints.files import open_plain
+from ckptflip.checkpoints import shard_index
 from ckptflip.checkpoints.hdf5.target import HDF5Checkpoint
 from ckptflip.checkpoints.keras.marks import Marks
 from ckptflip.checkpoints.keras.names import renamed
 from ckptflip.checkpoints.patch import Patch
 from ckptflip.checkpoints.target import Changes, NewFile, Prepared, Skipped
-from ckptflip.errors import CheckpointError, UsageError
+from ckptflip.errors import CheckpointError
 from ckptflip.faults.catalogue import Tensor
 from ckptflip.faults.record import ChecksumEntry
 
 SUFFIX = ".weights.json"
-_LARGEST_INDEX = 1 << 28
 # Each is held open twice.
 _MOST_SHARDS = 256
 
@@ -61,7 +60,7 @@ class Shards:
         names = list(dict.fromkeys(n for given in index.weight_map.values() for n in _listed(given)))
         if len(names) > _MOST_SHARDS:
             raise CheckpointError(f"{path} names {len(names)} shards; at most {_MOST_SHARDS} are opened")
-        self.files: Sequence[Path] = [path, *(_shard(path, name) for name in names)]
+        self.files: Sequence[Path] = [path, *(shard_index.beside(path, name) for name in names)]
         self._shards: list[HDF5Checkpoint] = []
         try:
             for file in self.files[1:]:
@@ -129,11 +128,8 @@ class Shards:
         Raises:
             UsageError: the name is not that of an index.
         """
-        if not out.name.endswith(SUFFIX) or out.name == SUFFIX:
-            raise UsageError(f"{self.path} is an index of shards: name another that ends in {SUFFIX}")
-        old, new = self.path.name.removesuffix(SUFFIX), out.name.removesuffix(SUFFIX)
-        names = {f.name: _renamed_shard(f.name, old, new) for f in self.files[1:]}
-        data = _renamed_index(_read(self.path), names)
+        names = shard_index.new_names(self.path, SUFFIX, out, [f.name for f in self.files[1:]])
+        data = _renamed_index(shard_index.read(self.path), names)
         return [NewFile(out, data), *(NewFile(out.with_name(names[f.name])) for f in self.files[1:])]
 
 
@@ -159,20 +155,9 @@ def _listed(given: str | list[str]) -> list[str]:
     return [given] if isinstance(given, str) else given
 
 
-def _read(path: Path) -> bytes:
-    try:
-        with open_plain(path) as file:
-            data = file.read(_LARGEST_INDEX + 1)
-    except OSError as why:
-        raise CheckpointError(f"{path} cannot be read: {why.strerror or why}") from None
-    if len(data) > _LARGEST_INDEX:
-        raise CheckpointError(f"{path} has more than {_LARGEST_INDEX} bytes: no index of shards")
-    return data
-
-
 def _index(path: Path) -> _Index:
     try:
-        index = msgspec.json.decode(_read(path), type=_Index)
+        index = msgspec.json.decode(shard_index.read(path), type=_Index)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as why:
         raise CheckpointError(
             f"{path} is no index of Keras' shards: {why}. It should say {{'weight_map': {{group: file}}}}"
@@ -180,20 +165,6 @@ def _index(path: Path) -> _Index:
     if not index.weight_map:
         raise CheckpointError(f"{path} names no shards: its weight_map is empty")
     return index
-
-
-def _shard(path: Path, name: str) -> Path:
-    """The file of a shard, which lies beside the index."""
-    if name in ("", ".", "..", path.name) or any(c in name for c in "/\\\0"):
-        raise CheckpointError(f"{path} names the shard {name!r}; only files beside it are read")
-    shard = path.with_name(name)
-    try:
-        found = shard.is_file()
-    except OSError:
-        found = False
-    if not found:
-        raise CheckpointError(f"{path} names the shard {name}, which is missing. Copy the set again")
-    return shard
 
 
 def _gathered(
@@ -238,12 +209,6 @@ def _marks(shards: Sequence[HDF5Checkpoint]) -> Marks:
         for path, name in shard.marks.vars.items():
             given[path] = given.get(path) or name
     return Marks(given)
-
-
-def _renamed_shard(name: str, old: str, new: str) -> str:
-    if old == new:
-        return name
-    return new + name.removeprefix(old) if name.startswith(old) else f"{new}-{name}"
 
 
 def _renamed_index(data: bytes, names: dict[str, str]) -> bytes:
