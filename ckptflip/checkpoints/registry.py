@@ -119,11 +119,6 @@ def find(path: Path) -> Found:
     raise CheckpointError(_unknown(path, head))
 
 
-def format_names() -> tuple[str, ...]:
-    """The names of the formats of this package."""
-    return tuple(_OPENERS)
-
-
 def _built_in(name: str, path: Path, main: Path | None = None) -> Found:
     module, _, function = _OPENERS[name].partition(":")
     opener = cast("Callable[[Path], Checkpoint]", getattr(import_module(module), function))
