@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from ckptflip.errors import CkptflipError, UsageError, WorkloadError
 from ckptflip.training import keras_state
+from ckptflip.training.checks import check_samples, check_sizes, no_state
 from ckptflip.training.keras_settings import (
     backend,
     fix_threads,
@@ -86,11 +87,7 @@ class KerasWorkload:
         threads: int = 1,
         extreme: float = 1e10,
     ) -> None:
-        if batch_size < 1 or threads < 1 or test_batch < 1:
-            raise UsageError(
-                f"batch_size ({batch_size}), test_batch ({test_batch}) and threads ({threads}) must be 1 or "
-                "more"
-            )
+        check_sizes(batch_size, test_batch, threads)
         self.name = name
         self._model, self._source = model, data
         self._augment, self._batch_size, self._test_batch = augment, batch_size, test_batch
@@ -216,9 +213,7 @@ class KerasWorkload:
 
     def _current(self) -> Run:
         if self._run is None:
-            raise WorkloadError(
-                f"workload {self.name} has no state yet: call start(seed) or load(checkpoint)"
-            )
+            raise no_state(self.name)
         return self._run
 
     def _data(self) -> tuple[tuple[NDArray[Any], NDArray[Any]], ...]:
@@ -227,12 +222,7 @@ class KerasWorkload:
             loaded = tuple(
                 (_array(inputs, self.name), _array(targets, self.name)) for inputs, targets in pairs
             )
-            for inputs, targets in loaded:
-                if len(inputs) == 0 or len(inputs) != len(targets):
-                    raise WorkloadError(
-                        f"workload {self.name}: {len(inputs)} inputs and {len(targets)} targets; both sets "
-                        "need samples, and as many of the one as of the other"
-                    )
+            check_samples(self.name, loaded)
             self._loaded = loaded
         return self._loaded
 

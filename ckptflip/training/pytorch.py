@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ckptflip import torch_h5
-from ckptflip.errors import MissingExtraError, UsageError, WorkloadError
+from ckptflip.errors import MissingExtraError, UsageError
 
 try:
     import torch
@@ -18,6 +18,7 @@ except ImportError as error:
     raise MissingExtraError("torch", "torch", "Training with PyTorch") from error
 
 from ckptflip.training import torch_state
+from ckptflip.training.checks import check_samples, check_sizes, no_state
 from ckptflip.training.measures import accuracy, count_nev, gradient_norm
 from ckptflip.training.settings import random_state, seed_all, set_random_state, settled
 from ckptflip.training.torch_state import Run
@@ -94,11 +95,7 @@ class TorchWorkload:
         extreme: float = 1e10,
         test_batch: int = 1024,
     ) -> None:
-        if batch_size < 1 or threads < 1 or test_batch < 1:
-            raise UsageError(
-                f"batch_size ({batch_size}), test_batch ({test_batch}) and threads ({threads}) must be 1 or "
-                "more"
-            )
+        check_sizes(batch_size, test_batch, threads)
         self.name = name
         self._model, self._optimizer, self._loss = model, optimizer, loss
         self._scheduler, self._scaler, self._metric = scheduler, scaler, metric
@@ -212,24 +209,18 @@ class TorchWorkload:
 
     def _current(self) -> Run:
         if self._run is None:
-            raise WorkloadError(
-                f"workload {self.name} has no state yet: call start(seed) or load(checkpoint)"
-            )
+            raise no_state(self.name)
         return self._run
 
     def _data(self) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
         if self._loaded is None:
             pairs = self._source() if callable(self._source) else self._source
-            self._loaded = tuple(
+            loaded = tuple(
                 (torch.as_tensor(inputs, device=self._device), torch.as_tensor(targets, device=self._device))
                 for inputs, targets in pairs
             )
-            for inputs, targets in self._loaded:
-                if len(inputs) == 0 or len(inputs) != len(targets):
-                    raise WorkloadError(
-                        f"workload {self.name}: {len(inputs)} inputs and {len(targets)} targets; both sets "
-                        "need samples, and as many of the one as of the other"
-                    )
+            check_samples(self.name, loaded)
+            self._loaded = loaded
         return self._loaded
 
 

@@ -1,0 +1,31 @@
+"""What the workloads of every framework check alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from ckptflip.errors import UsageError, WorkloadError
+
+
+def check_sizes(batch_size: int, test_batch: int, threads: int) -> None:
+    """Raise UsageError unless each is 1 or more."""
+    if min(batch_size, test_batch, threads) < 1:
+        raise UsageError(
+            f"batch_size ({batch_size}), test_batch ({test_batch}) and threads ({threads}) must be 1 or more"
+        )
+
+
+def check_samples(name: str, pairs: Iterable[tuple[Any, Any]]) -> None:
+    """Raise WorkloadError unless training and test set hold samples, and a target for each input."""
+    for inputs, targets in pairs:
+        if len(inputs) == 0 or len(inputs) != len(targets):
+            raise WorkloadError(
+                f"workload {name}: {len(inputs)} inputs and {len(targets)} targets; both sets "
+                "need samples, and as many of the one as of the other"
+            )
+
+
+def no_state(name: str) -> WorkloadError:
+    """The error of a workload that was neither started nor loaded."""
+    return WorkloadError(f"workload {name} has no state yet: call start(seed) or load(checkpoint)")
