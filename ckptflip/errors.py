@@ -55,3 +55,13 @@ class WorkloadError(CkptflipError):
 
 class LiveError(CkptflipError):
     """A running model that is no longer the one prepared, or in which a fault did not take effect."""
+
+
+class CampaignError(CkptflipError):
+    """A campaign's store or executor that cannot be used: damaged, newer, in use, of another campaign."""
+
+
+class FailedTrialsError(CkptflipError):
+    """A campaign ended with trials that crashed, hung or ran out of memory."""
+
+    exit_code = 4

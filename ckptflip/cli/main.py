@@ -12,7 +12,7 @@ import click
 from ckptflip import __version__
 from ckptflip.errors import CkptflipError
 
-# In the order of the help text: look, alter, look again, train.
+# In the order of the help text: look, alter, look again, train, run campaigns.
 COMMANDS = (
     "ls",
     "inject",
@@ -28,6 +28,12 @@ COMMANDS = (
     "train",
     "resume",
     "plot",
+    "run",
+    "status",
+    "report",
+    "merge",
+    "export",
+    "sample-size",
     "demo",
     "completion",
 )
@@ -67,7 +73,7 @@ def cli() -> None:
     """Flip chosen bits in saved checkpoints, resume training, and measure what the flips did.
 
     Data goes to standard output, talk and progress to standard error. Exit codes: 0 fine, 1 error, 2 usage,
-    3 a difference or corruption was found, 130 interrupted.
+    3 a difference or corruption was found, 4 a campaign ended with failed trials, 130 interrupted.
     """
 
 

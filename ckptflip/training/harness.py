@@ -6,7 +6,7 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -73,7 +73,7 @@ def train(
     _asked(workload, "the start", lambda: workload.start(seed))
     _clear(folder, folder / TRACK, overwrite)
     header = Header(
-        workload=workload.name, seed=seed, start_epoch=0, until=epochs, label=label, versions=_versions()
+        workload=workload.name, seed=seed, start_epoch=0, until=epochs, label=label, versions=versions()
     )
     with writing(folder / TRACK, header) as writer:
         return _follow(workload, epochs, writer, folder, progress, began)
@@ -127,7 +127,7 @@ def resume(
     _clear(folder, track, overwrite)
     header = Header(
         workload=workload.name, checkpoint=str(checkpoint), start_epoch=start, until=until, label=label,
-        flips=_flips(checkpoint, Path(record) if record is not None else None), versions=_versions(),
+        flips=_flips(checkpoint, Path(record) if record is not None else None), versions=versions(),
     )  # fmt: skip
     with writing(track, header) as writer:
         return _follow(workload, until, writer, folder, progress, began)
@@ -158,20 +158,45 @@ def _follow(
     progress: Progress | None,
     began: float,
 ) -> Track:
-    trained: dict[str, float] = {}
-    while True:
-        tested = _asked(workload, f"the evaluation of epoch {workload.epoch}", workload.evaluate)
-        row = _row(workload.epoch, trained, tested, time.perf_counter() - began)
+    for row in follow(workload, until, began):
         if folder:
             folder.mkdir(parents=True, exist_ok=True)
-            workload.save(folder / checkpoint_name(workload.epoch, getattr(workload, "suffix", ".h5")))
+            workload.save(folder / checkpoint_name(workload.epoch, suffix_of(workload)))
         writer.append(row)
         if progress:
             progress(row)
+    return writer.track
+
+
+def follow(workload: Workload, until: int, began: float | None = None) -> Iterator[Row]:
+    """Measure the present state, then train and measure epoch by epoch.
+
+    Args:
+        workload: started or loaded.
+        until: the epoch to stop after.
+        began: when the first row's work began, by `time.perf_counter`; by default now.
+
+    Yields:
+        One row per epoch, the present one first; the workload's state is that of the row.
+
+    Raises:
+        WorkloadError: the recipe failed; the message says in which epoch.
+    """
+    began = time.perf_counter() if began is None else began
+    trained: dict[str, float] = {}
+    while True:
+        tested = _asked(workload, f"the evaluation of epoch {workload.epoch}", workload.evaluate)
+        yield _row(workload.epoch, trained, tested, time.perf_counter() - began)
         if workload.epoch >= until:
-            return writer.track
+            return
         began = time.perf_counter()
         trained = _trained(workload)
+
+
+def suffix_of(workload: Workload) -> str:
+    """How the names of a workload's checkpoints end."""
+    suffix: str = getattr(workload, "suffix", ".h5")
+    return suffix
 
 
 def _trained(workload: Workload) -> dict[str, float]:
@@ -252,7 +277,8 @@ def _flips(checkpoint: Path, record: Path | None) -> Flips | None:
     return Flips(record=found.name, counts=msgspec.structs.asdict(made.header.counts)) if altered else None
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of ckptflip, Python and those frameworks that are loaded."""
     found = {"ckptflip": __version__, "python": platform.python_version()}
     for package in ("numpy", "torch", "keras", "tensorflow", "jax"):
         if package in sys.modules:

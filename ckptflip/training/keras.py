@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from ckptflip.errors import CkptflipError, UsageError, WorkloadError
 from ckptflip.training import keras_state
 from ckptflip.training.checks import check_samples, check_sizes, no_state
+from ckptflip.training.digests import state_digest
 from ckptflip.training.keras_settings import (
     backend,
     fix_threads,
@@ -166,9 +167,25 @@ class KerasWorkload:
         with settled(run.ambient, run.threads, x64=run.x64):
             keras_state.write(run, self.name, Path(path))
 
+    def digest(self) -> str:
+        """A digest of everything that `save` would write: equal digests, equal states bit for bit."""
+        run = self._current()
+        with settled(run.ambient, run.threads, x64=run.x64):
+            return state_digest(keras_state.capture(run, self.name))
+
     def load(self, path: str | Path) -> None:
         """Take up the state of a checkpoint; when that fails, the present state stays."""
-        path = Path(path)
+        self._run = self._taken_up(Path(path), None)
+
+    def reload(self, path: str | Path) -> None:
+        """As `load`, into the model at hand if it has the same seed: without making and tracing a new one.
+
+        When it fails, no state is left.
+        """
+        run, self._run = self._run, None
+        self._run = self._taken_up(Path(path), run)
+
+    def _taken_up(self, path: Path, run: Run | None) -> Run:
         held = keras_state.read(path)
         keras_state.identify(held, self.name, path)
         threads = fix_threads(held.threads)
@@ -177,10 +194,11 @@ class KerasWorkload:
                 f"{path} was trained on threads: {held.threads}, and {backend()} runs {threads} in this "
                 "process, which can no longer be changed: the resume would not be exact. Load it in a new one"
             )
-        run = self._built(held.seed, threads)
+        if run is None or (run.seed, run.threads) != (held.seed, threads):
+            run = self._built(held.seed, threads)
         with settled(run.ambient, run.threads, x64=run.x64):
             keras_state.take_up(run, held, path)
-        self._run = run
+        return run
 
     def _built(self, seed: int, threads: int) -> Run:
         run = self._built_with(seed, threads, x64=False)

@@ -138,6 +138,14 @@ def restore(run: Run, kept: Sequence[Kept], path: str) -> None:
         variable.assign(np.frombuffer(one.data, form.dtype).reshape(form.shape))
 
 
+def capture(run: Run, name: str) -> list[Any]:
+    """Everything that `write` saves of a run, as plain data."""
+    variables = [*run.model.weights, *run.model.optimizer.variables]
+    values = [np.asarray(keras.ops.convert_to_numpy(v.value)) for v in variables]
+    kept = [(one.path, one.data) for one in snapshot(run)]
+    return [name, run.epoch, run.seed, [v.path for v in _saved(run.model)], values, kept, run.rng]
+
+
 def write(run: Run, name: str, path: Path) -> None:
     """Save a run: ``model.save``, then our member; the file appears whole or not at all."""
     held = Held(

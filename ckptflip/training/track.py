@@ -14,6 +14,8 @@ from ckptflip.checkpoints.files import open_plain
 from ckptflip.errors import RecordError
 
 SCHEMA = "track/1"
+# What a model has that knows nothing; 0 for metrics that are not listed.
+CHANCE = {"auc": 0.5}
 
 
 class Flips(msgspec.Struct, frozen=True, kw_only=True):
@@ -138,16 +140,28 @@ def writing(path: Path, header: Header) -> Iterator[Writer]:
         yield Writer(file, header)
 
 
-def collapsed(track: Track, clean: float) -> bool:
-    """Whether a run collapsed: its last loss is not finite, or its last accuracy below half the clean run's.
+def collapsed(track: Track, clean: float, metric: str = "accuracy") -> bool:
+    """Whether a run collapsed: its last loss is not finite, or its last value fell too far.
+
+    Too far is below half the clean run's value; for the AUC, where a model that knows nothing has 0.5, below
+    halfway between that and the clean run's value.
 
     Args:
         track: the run.
-        clean: the clean run's final accuracy, 0 to 1.
+        clean: the clean run's final value, 0 to 1.
+        metric: ``accuracy``, ``auc`` or another value of which more is better.
+
+    Example:
+        >>> header = Header(workload="w", start_epoch=3, until=3)
+        >>> collapsed(Track(header, (Row(epoch=3, extra={"auc": 0.55}),)), 0.8, "auc")
+        True
+        >>> collapsed(Track(header, (Row(epoch=3, accuracy=0.55),)), 0.8)
+        False
     """
     last = track.rows[-1]
     broken = last.loss is not None and not math.isfinite(last.loss)
-    return broken or last.accuracy is None or not last.accuracy >= clean / 2
+    value, chance = last.value(metric), CHANCE.get(metric, 0.0)
+    return broken or value is None or not value >= chance + (clean - chance) / 2
 
 
 def read(path: str | Path) -> Track:

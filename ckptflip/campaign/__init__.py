@@ -1,0 +1,1 @@
+"""Campaigns: many trials, each one faulty resume, in one store; specs, executors, statistics."""

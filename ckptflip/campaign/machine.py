@@ -1,0 +1,62 @@
+"""What a campaign runs on: the processor, memory, system and libraries, for the record."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from ckptflip import __version__
+from ckptflip.campaign.spec import Campaign
+
+_LIBRARIES = ("numpy", "scipy", "h5py", "torch", "keras", "tensorflow", "jax")
+
+
+def machine() -> dict[str, Any]:
+    """The machine: processor, usable cores, memory in bytes, system.
+
+    Example:
+        >>> sorted(machine())
+        ['cores', 'memory', 'name', 'processor', 'system']
+    """
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "name": platform.node(),
+        "processor": processor(),
+        "cores": usable or 1,
+        "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "system": f"{platform.system()} {platform.release()}",
+    }
+
+
+def processor() -> str:
+    """The processor's name, as far as the system tells.
+
+    Example:
+        >>> bool(processor())
+        True
+    """
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine() or "unknown processor"
+
+
+def versions() -> dict[str, str]:
+    """Of ckptflip, Python and the libraries that are installed, imported or not."""
+    found = {"ckptflip": __version__, "python": platform.python_version()}
+    for library in _LIBRARIES:
+        try:
+            found[library] = metadata.version(library)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def environment_of(campaign: Campaign) -> dict[str, str]:
+    """Variables that workers need before they import a framework."""
+    return {"KERAS_BACKEND": campaign.keras_backend} if campaign.keras_backend is not None else {}

@@ -1,0 +1,185 @@
+"""The driver of a campaign: what is missing is run, what comes back is judged and stored, until all is there.
+
+It can be killed at any moment: what is finished is in the store, and the next call goes on from there.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from ckptflip.campaign import loading
+from ckptflip.campaign.cells import Planned, expand
+from ckptflip.campaign.clean_stage import ready
+from ckptflip.campaign.events import Happened, Told
+from ckptflip.campaign.executors import Limits, start
+from ckptflip.campaign.machine import environment_of, machine, versions
+from ckptflip.campaign.shards import WHOLE, Shard
+from ckptflip.campaign.spec import Campaign
+from ckptflip.campaign.store import Writer, writing
+from ckptflip.campaign.store.rows import Cell
+from ckptflip.campaign.trial_stage import Stage, checked, finished_trials, unfinished
+from ckptflip.errors import FailedTrialsError, UsageError
+
+
+class Summary(msgspec.Struct, frozen=True, kw_only=True):
+    """What a call of `run` did.
+
+    Attributes:
+        cells: of the campaign.
+        ran: trials that this call finished.
+        found: trials that were finished before.
+        failed: trials that crashed, hung or ran out of memory, in all.
+        seconds: wall time.
+    """
+
+    cells: int
+    ran: int
+    found: int
+    failed: int
+    seconds: float
+
+
+def run(
+    campaign: Campaign | str | Path,
+    store: str | Path,
+    *,
+    executor: str | None = None,
+    workers: int | None = None,
+    shard: Shard = WHOLE,
+    extend: bool = False,
+    retry: bool = False,
+    told: Told | None = None,
+    command: str = "",
+) -> Summary:
+    """Run a campaign, or what is missing of it.
+
+    Args:
+        campaign: the spec, or its TOML file.
+        store: the SQLite file; made when missing. Clean runs are kept beside it, in ``<store>.clean``.
+        executor: instead of the spec's.
+        workers: instead of the spec's.
+        shard: run only this part; `merge` unites the stores.
+        extend: accept an edited spec: more cells, more trials. Finished trials stay as they are.
+        retry: try trials again that crashed, hung or ran out of memory.
+        told: called when something happened.
+        command: the command line, for the store.
+
+    Raises:
+        UsageError: the spec makes no sense, or is another than the store's and `extend` is not given.
+        CampaignError: the store cannot be used, a clean run failed, or the executor cannot be started.
+        FailedTrialsError: the campaign is complete, and some of its trials failed.
+    """
+    began = time.perf_counter()
+    spec = campaign if isinstance(campaign, Campaign) else loading.load(campaign)
+    cells = expand(spec)
+    _check_shard(shard, spec)
+    store = Path(store)
+    with writing(store) as writer:
+        _revise(writer, spec, extend, command)
+        writer.put_cells([_row(cell) for cell in cells])
+        if retry:
+            writer.drop_failed()
+        found, _ = _count(writer)
+        if unfinished(spec, cells, writer, shard):
+            _work(spec, cells, writer, store, shard, executor, workers, told or _silent)
+        total, failed = _count(writer)
+    summary = Summary(
+        cells=len(cells), ran=total - found, found=found, failed=failed, seconds=time.perf_counter() - began
+    )
+    if failed:
+        raise FailedTrialsError(
+            f"{failed} of {total} trials failed: `ckptflip status {store}` lists them by cell, the report "
+            "says why each one did. --retry tries them again"
+        )
+    return summary
+
+
+def _work(
+    spec: Campaign,
+    cells: Sequence[Planned],
+    writer: Writer,
+    store: Path,
+    shard: Shard,
+    executor: str | None,
+    workers: int | None,
+    told: Told,
+) -> None:
+    name = executor or spec.executor.name
+    same = name == spec.executor.name
+    pool = start(
+        name,
+        workers=workers or spec.executor.workers,
+        folder=store.with_name(f"{store.name}.spool"),
+        environment=environment_of(spec),
+        options=dict(spec.executor.options) if same else {},
+    )
+    finished = False
+    try:
+        runs = ready(spec, writer, pool, store.with_name(f"{store.name}.clean"), name, told)
+        strata = checked(spec, cells, runs, writer)
+        limits = Limits(seconds=spec.executor.seconds, memory=spec.executor.memory)
+        Stage(spec, cells, runs, strata, writer, pool, name, limits, shard, told).work()
+        finished = True
+    finally:
+        pool.close(cancel=not finished)
+
+
+def _revise(writer: Writer, spec: Campaign, extend: bool, command: str) -> None:
+    """Take note of a new or edited spec, or refuse it."""
+    revisions = writer.reader.revisions()
+    mark = loading.fingerprint(spec)
+    if revisions and revisions[-1].fingerprint != mark:
+        _check_edited(loading.convert(revisions[-1].spec), spec, extend, writer.reader.path)
+    if not revisions or revisions[-1].fingerprint != mark:
+        writer.revise(
+            spec=loading.plain_of(spec), fingerprint=mark, command=command or " ".join(sys.argv),
+            versions=versions(), machine=machine(),
+        )  # fmt: skip
+
+
+def _check_edited(old: Campaign, new: Campaign, extend: bool, store: Path) -> None:
+    before, after = loading.core(old), loading.core(new)
+    if changed := [name for name in after if before.get(name) != after[name]]:
+        raise UsageError(
+            f"{store} was begun with another spec: {', '.join(changed)} differ, so that its trials would not "
+            "be comparable with new ones. Name another store"
+        )
+    if not extend:
+        plain = [loading.plain_of(campaign) for campaign in (old, new)]
+        differ = [key for key in plain[0] if plain[0][key] != plain[1][key]]
+        raise UsageError(
+            f"{store} was begun with another spec: {', '.join(differ)} differ. --extend adds what is new and "
+            "keeps what is finished; or name another store"
+        )
+
+
+def _check_shard(shard: Shard, spec: Campaign) -> None:
+    if shard.of > 1 and (spec.trials.stop is not None or spec.trials.strata):
+        raise UsageError(
+            "a stop rule, and strata, decide by the outcomes of all trials, which a shard does not have: "
+            "give trials.per_cell without strata, or run it on Ray or Slurm"
+        )
+
+
+def _row(cell: Planned) -> Cell:
+    policy: Any = None if cell.policy is None else msgspec.to_builtins(cell.policy)
+    return Cell(
+        key=cell.key, position=cell.position, workload=cell.workload_label, epoch=cell.epoch,
+        until=cell.until, label=cell.label, wanted=cell.wanted, policy=policy, swept=cell.swept,
+    )  # fmt: skip
+
+
+def _count(writer: Writer) -> tuple[int, int]:
+    """Finished trials, and how many of them failed."""
+    outcomes = [outcome for numbers in finished_trials(writer).values() for outcome in numbers.values()]
+    return len(outcomes), outcomes.count("")
+
+
+def _silent(_: Happened) -> None:
+    """Tell nobody."""

@@ -1,0 +1,142 @@
+"""``ckptflip run``: a campaign."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ckptflip.errors import UsageError
+
+if TYPE_CHECKING:
+    from ckptflip.campaign.events import Happened
+
+# Seconds between two lines where no terminal shows a bar.
+_PACE = 10.0
+
+
+@click.command()
+@click.argument("campaign", required=False, type=click.Path(path_type=Path))
+@click.option(
+    "--store", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
+    help="The SQLite file that holds the results; made, or gone on with.",
+)  # fmt: skip
+@click.option("--executor", metavar="NAME", help="local, ray, slurm or another's; instead of the spec's.")
+@click.option("--workers", type=int, metavar="N", help="Trials at a time; instead of the spec's.")
+@click.option("--shard", metavar="I/N", help="Run part I of N alone; `ckptflip merge` unites the stores.")
+@click.option("--extend", is_flag=True, help="Accept an edited spec: more cells or trials. Nothing is lost.")
+@click.option("--retry", is_flag=True, help="Try failed trials again.")
+@click.option("--dry-run", is_flag=True, help="List the cells; run nothing.")
+@click.option("--schema", is_flag=True, help="Print the JSON Schema of a spec, for editors, and end.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress.")
+def command(
+    campaign: Path | None, store: Path | None, executor: str | None, workers: int | None, shard: str | None,
+    extend: bool, retry: bool, dry_run: bool, schema: bool, quiet: bool,
+) -> None:  # fmt: skip
+    """Run the campaign that the TOML file CAMPAIGN describes, or what is missing of it.
+
+    It may be interrupted and killed at any time: the same command goes on. STORE.clean keeps the clean runs.
+    Exit code 4: the campaign is complete, and some trials failed.
+    """
+    from ckptflip.campaign import loading
+
+    if schema:
+        import json
+
+        click.echo(json.dumps(loading.schema(), indent=1))
+        return
+    if campaign is None:
+        raise UsageError("name the campaign's TOML file")
+    spec = loading.load(campaign)
+    if dry_run:
+        _list_cells(spec)
+        return
+    if store is None:
+        raise UsageError("name the file for the results: --store runs.db")
+    from ckptflip.campaign import runner, shards
+
+    with _Progress(quiet=quiet) as progress:
+        summary = runner.run(
+            spec,
+            store,
+            executor=executor,
+            workers=workers,
+            shard=shards.parse(shard) if shard is not None else shards.WHOLE,
+            extend=extend,
+            retry=retry,
+            told=progress.told,
+        )
+    progress.say(
+        f"{summary.ran} trials in {summary.seconds:.1f} s, {summary.found} were there; "
+        f"{summary.cells} cells. Next: ckptflip report {store} -o report/"
+    )
+    click.echo(store)
+
+
+def _list_cells(spec: Any) -> None:
+    from ckptflip.campaign.cells import expand
+    from ckptflip.cli.output import emit, many, say
+
+    cells = expand(spec)
+    columns = ("workload", "epoch", "until", "condition", "trials")
+    values = ((c.workload_label, c.epoch, c.until, c.label, c.wanted) for c in cells)
+    emit((dict(zip(columns, row, strict=True)) for row in values), columns, "table")
+    most = "at most " if spec.trials.stop is not None else ""
+    trials = many(sum(cell.wanted for cell in cells), "trial")
+    say(f"{many(len(cells), 'cell')}, {most}{trials}; dry run: nothing was run")
+
+
+class _Progress:
+    """Tells how far a campaign is: a bar on a terminal, else a line now and then."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self._quiet = quiet
+        self._bar: Any = None
+        self._task: Any = None
+        self._last = time.monotonic()
+
+    def __enter__(self) -> _Progress:
+        if not self._quiet and sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            self._bar = Progress(
+                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+                console=Console(stderr=True), transient=True,
+            )  # fmt: skip
+            self._bar.start()
+            self._task = self._bar.add_task("clean runs", total=None)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def told(self, happened: Happened) -> None:
+        """Show what happened."""
+        if happened.what != "trial":
+            self.say(happened.text)
+            return
+        failed = f", {happened.failed} failed" if happened.failed else ""
+        if self._bar is not None:
+            description = f"trials{failed}"
+            self._bar.update(
+                self._task, completed=happened.done, total=happened.wanted, description=description
+            )
+        elif time.monotonic() - self._last > _PACE:
+            self._last = time.monotonic()
+            self.say(f"{happened.done} of {happened.wanted} trials{failed}")
+
+    def say(self, text: str) -> None:
+        """A line on standard error."""
+        from ckptflip.cli.output import say
+
+        if self._quiet:
+            return
+        if self._bar is not None:
+            self._bar.console.print(text, markup=False, highlight=False)
+        else:
+            say(text)

@@ -1,0 +1,308 @@
+"""Whole campaigns through the command line: the same values whatever is killed and whoever runs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ckptflip.campaign.store import reading
+
+HERE = Path(__file__).parent
+SPEC = """
+name = "toy"
+seed = 11
+[[workload]]
+name = "campaign_toy:make"
+label = "toy"
+options = { OPTIONS }
+[clean]
+seeds = [0, 1]
+[restart]
+epochs = [3, 4]
+until = 8
+[[policy]]
+tensors = "TENSORS"
+sweep = { bits = ["all", "critical"], count = [1, 5] }
+[trials]
+TRIALS
+[measure]
+propagation = [1]
+[executor]
+EXECUTOR
+"""
+
+
+def written(folder: Path, *, options: str = "", tensors: str = "*", trials: str = "per_cell = 4",
+            executor: str = "workers = 2") -> Path:  # fmt: skip
+    path = folder / "spec.toml"
+    text = SPEC.replace("OPTIONS", options).replace("TENSORS", tensors).replace("TRIALS", trials)
+    path.write_text(text.replace("EXECUTOR", executor))
+    return path
+
+
+def command(*arguments: Any) -> list[str]:
+    return [sys.executable, "-m", "ckptflip", *map(str, arguments)]
+
+
+def ckptflip(*arguments: Any, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(*arguments), cwd=HERE, capture_output=True, text=True, timeout=timeout, check=False,
+        env=_environment(),
+    )  # fmt: skip
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parent.parent), str(HERE)])}
+
+
+def run(spec: Path, store: Path, *more: Any, expect: int = 0) -> subprocess.CompletedProcess[str]:
+    done = ckptflip("run", spec, "--store", store, *more)
+    assert done.returncode == expect, done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def values(store: Path) -> dict[str, Any]:
+    with reading(store) as reader:
+        return reader.values()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    run(written(folder, options="slow = 0.06"), folder / "runs.db")
+    return values(folder / "runs.db")
+
+
+def test_a_campaign_runs_and_a_second_call_finds_it_complete(tmp_path: Path) -> None:
+    spec = written(tmp_path)
+    first = run(spec, tmp_path / "runs.db")
+    assert "34 trials in" in first.stderr and "a resume repeats it bit for bit" in first.stderr
+    before = values(tmp_path / "runs.db")
+    assert "0 trials in" in run(spec, tmp_path / "runs.db").stderr
+    assert values(tmp_path / "runs.db") == before
+    with reading(tmp_path / "runs.db") as reader:
+        trials = reader.trials()
+        outcomes = set(trials.outcome)
+        controls = {c.id for c in reader.cells() if c.policy is None}
+        assert {o for o, c in zip(trials.outcome, trials.cell, strict=True) if c in controls} == {"identical"}
+        measured = [e >= c + 1 for e, c in zip(trials.ended_epoch, _epochs(reader, trials), strict=True)]
+        assert len(reader.propagation()) == 3 * sum(measured) > 0
+    assert {"collapsed", "identical"} <= outcomes
+
+
+def _epochs(reader: Any, trials: Any) -> list[int]:
+    by_id = {cell.id: cell.epoch for cell in reader.cells()}
+    return [by_id[cell] for cell in trials.cell.tolist()]
+
+
+@pytest.mark.parametrize("more", [["--workers", "1"], ["--workers", "3"]])
+def test_the_number_of_workers_changes_no_value(tmp_path: Path, undisturbed: Any, more: list[str]) -> None:
+    run(written(tmp_path, options="slow = 0.06"), tmp_path / "runs.db", *more)
+    assert values(tmp_path / "runs.db") == undisturbed
+
+
+def test_killed_ten_times_it_ends_with_the_same_values(tmp_path: Path, undisturbed: Any) -> None:
+    spec, store = written(tmp_path, options="slow = 0.06"), tmp_path / "runs.db"
+    counts, environment = [0], _environment()
+    for kill in range(10):
+        process = subprocess.Popen(
+            command("run", spec, "--store", store, "-q"), cwd=HERE, env=environment,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        # Once amid the clean runs, then each time that a few more trials are there.
+        deadline = time.monotonic() + (1.0 if kill == 0 else 30.0)
+        while process.poll() is None and time.monotonic() < deadline and _finished(store) < counts[-1] + 2:
+            time.sleep(0.02)
+        if kill % 3 == 2:
+            _kill_a_worker(process.pid)
+            time.sleep(0.3)
+        assert process.poll() is None
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        counts.append(_finished(store))
+    run(spec, store)
+    assert counts == sorted(counts)  # nothing was lost on the way
+    assert values(store) == undisturbed
+    with reading(store) as reader:
+        done = [a.task for a in reader.attempts() if a.state == "done" and a.task.startswith("trial/")]
+    assert len(done) == len(set(done))  # and nothing was done twice
+
+
+def _finished(store: Path) -> int:
+    if not store.exists():
+        return 0
+    with reading(store) as reader:
+        return len(reader.trials().id)
+
+
+def _kill_a_worker(driver: int) -> None:
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[1]) == driver:
+            os.kill(int(stat.parent.name), signal.SIGKILL)
+            return
+
+
+def test_shards_unite_to_the_whole(tmp_path: Path, undisturbed: Any) -> None:
+    spec = written(tmp_path, options="slow = 0.06")
+    parts = [tmp_path / f"part{i}.db" for i in (1, 2, 3)]
+    for i, part in enumerate(parts, 1):
+        run(spec, part, "--shard", f"{i}/3")
+    sizes = [len(values(part)["trials"]) for part in parts]
+    assert sum(sizes) == 34 and min(sizes) > 8
+    done = ckptflip("merge", *parts, "-o", tmp_path / "all.db")
+    assert done.returncode == 0, done.stderr
+    # The united store is complete: nothing is left to run.
+    assert "0 trials in" in run(spec, tmp_path / "all.db").stderr
+    assert values(tmp_path / "all.db") == undisturbed
+
+
+def test_a_shard_takes_no_stop_rule(tmp_path: Path) -> None:
+    spec = written(tmp_path, trials="stop = { half_width = 0.2 }")
+    assert "a stop rule" in run(spec, tmp_path / "x.db", "--shard", "1/2", expect=2).stderr
+
+
+def test_an_edited_spec_is_noticed(tmp_path: Path) -> None:
+    spec, store = written(tmp_path, trials="per_cell = 2"), tmp_path / "runs.db"
+    run(spec, store)
+    before = values(store)["trials"]
+    written(tmp_path, trials="per_cell = 3")
+    refused = run(spec, store, expect=2)
+    assert "trials differ" in refused.stderr and "--extend" in refused.stderr
+    run(spec, store, "--extend")
+    after = values(store)["trials"]
+    assert set(before) < set(after) and len(after) == len(before) + 8
+    spec.write_text(spec.read_text().replace("seed = 11", "seed = 12"))
+    assert "seed differ" in run(spec, store, "--extend", expect=2).stderr
+
+
+def test_stop_rules_end_cells_alike_with_any_workers(tmp_path: Path) -> None:
+    trials = "stop = { half_width = 0.25, at_least = 5, batch = 5, at_most = 60 }"
+    spec = written(tmp_path, trials=trials, tensors="!unused*")
+    for workers in (1, 3):
+        run(spec, tmp_path / f"{workers}.db", "--workers", workers)
+    assert values(tmp_path / "1.db") == values(tmp_path / "3.db")
+    with reading(tmp_path / "1.db") as reader:
+        reasons = {cell.stopped for cell in reader.cells() if cell.policy is not None}
+    assert reasons == {"precise enough"}
+
+
+def test_strata_give_the_same_with_any_workers_and_after_a_restart(tmp_path: Path) -> None:
+    spec = written(tmp_path, trials='per_cell = 60\nstrata = ["layer", "field"]', tensors="!unused*")
+    text = spec.read_text().replace('sweep = { bits = ["all", "critical"], count = [1, 5] }', "")
+    spec.write_text(text)
+    for workers in (1, 3):
+        run(spec, tmp_path / f"{workers}.db", "--workers", workers)
+    assert values(tmp_path / "1.db") == values(tmp_path / "3.db")
+    assert "0 trials in" in run(spec, tmp_path / "1.db").stderr
+    with reading(tmp_path / "1.db") as reader:
+        strata = reader.strata()
+    assert {s.field for s in strata} == {"sign", "critical", "exponent", "mantissa"}
+
+
+@pytest.mark.parametrize(
+    ("options", "executor", "state", "signal_number"),
+    [
+        ('crash = "SIGSEGV"', "workers = 2\nretries = 1", "crashed", 11),
+        ("raise = true", "workers = 2", "crashed", None),
+        ("hang = true", 'workers = 2\ntime_limit = "3s"', "hung", None),
+        ("eat = true", 'workers = 2\nmemory_limit = "400M"', "out-of-memory", None),
+    ],
+)
+def test_a_failing_trial_fails_alone(
+    tmp_path: Path, options: str, executor: str, state: str, signal_number: int | None
+) -> None:
+    spec = written(tmp_path, options=options, tensors="unused*", executor=executor, trials="per_cell = 1")
+    text = spec.read_text().replace('["all", "critical"], count = [1, 5]', '["sign", "mantissa"]')
+    spec.write_text(text.replace("epochs = [3, 4]", "epochs = [3]"))
+    store = tmp_path / "runs.db"
+    failed = run(spec, store, expect=4)
+    assert "1 of 3 trials failed" in failed.stderr
+    with reading(store) as reader:
+        trials, attempts = reader.trials(), reader.attempts()
+    assert sorted(trials.state) == sorted(["done", "done", state])
+    bad = list(trials.state).index(state)
+    assert trials.message[bad] and trials.outcome[bad] == ""
+    assert trials.signal[bad] == (signal_number or trials.signal[bad])
+    tries = [a for a in attempts if a.state == state]
+    assert len(tries) == (2 if signal_number else 1)
+    # Tried again, it fails again; what is done stays.
+    run(spec, store, "--retry", expect=4)
+    with reading(store) as reader:
+        assert sorted(reader.trials().state) == sorted(trials.state)
+        assert len([a for a in reader.attempts() if a.state == state]) == 2 * len(tries)
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "message"),
+    [
+        (("per_cell = 4", "per_cel = 4"), 2, "[trials] has no key 'per_cel'; did you mean 'per_cell'?"),
+        (('tensors = "*"', 'tensors = "conv*"'), 2, "is impossible: tensors 'conv*' matches nothing"),
+        (("count = [1, 5]", "count = [1, 500000]"), 2, "is impossible"),
+        (("campaign_toy:make", "campaign_toy:mak"), 1, "has no 'mak'; did you mean 'make'?"),
+        (("campaign_toy:make", "campaign_toy:broken"), 1, "no such data"),
+        (("options = {  }", "options = { fail_clean = 7 }"), 1, "training epoch 7 failed"),
+        (("[executor]", '[metric]\nname = "acuracy"\n[executor]'), 2, "did you mean 'accuracy'?"),
+        (("workers = 2", 'name = "lokal"'), 2, "there is no executor 'lokal'"),
+    ],
+)
+def test_bad_specs_are_said_and_nothing_is_lost(
+    tmp_path: Path, change: tuple[str, str], code: int, message: str
+) -> None:
+    spec = written(tmp_path)
+    assert change[0] in spec.read_text()
+    spec.write_text(spec.read_text().replace(*change))
+    assert message in run(spec, tmp_path / "runs.db", expect=code).stderr
+
+
+def test_another_bit_in_a_clean_run_is_noticed(tmp_path: Path) -> None:
+    """A store whose clean runs are gone trains them again, and must get the same."""
+    import shutil
+
+    spec, store = written(tmp_path), tmp_path / "runs.db"
+    run(spec, store)
+    shutil.rmtree(tmp_path / "runs.db.clean")
+    written(tmp_path, trials="per_cell = 5")
+    run(spec, store, "--extend")
+    shutil.rmtree(tmp_path / "runs.db.clean")
+    import sqlite3
+
+    with sqlite3.connect(store) as connection:
+        connection.execute("UPDATE run_values SET value = 0.123 WHERE epoch = 2")
+    written(tmp_path, trials="per_cell = 6")
+    assert "other" in run(spec, store, "--extend", expect=1).stderr
+
+
+def test_an_interrupted_campaign_says_so_and_goes_on(tmp_path: Path) -> None:
+    spec, store = written(tmp_path, options="slow = 0.1"), tmp_path / "runs.db"
+    environment = _environment()
+    process = subprocess.Popen(
+        command("run", spec, "--store", store), cwd=HERE, env=environment, text=True,
+        stderr=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    time.sleep(4)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 130 and "Traceback" not in said, said
+    run(spec, store)
+    assert len(values(store)["trials"]) == 34
+
+
+def test_the_plan_can_be_seen_without_running(tmp_path: Path) -> None:
+    done = ckptflip("run", written(tmp_path), "--dry-run")
+    assert done.returncode == 0 and "10 cells, 34 trials" in done.stderr
+    assert not (tmp_path / "runs.db").exists()
+    assert json.loads(ckptflip("run", "--schema").stdout)["title"] == "ckptflip campaign"
+    assert ckptflip("run").returncode == 2
