@@ -100,6 +100,17 @@ def schema() -> dict[str, Any]:
     return {"title": "ckptflip campaign", **made}
 
 
+def example() -> str:
+    """A small spec with comments, to begin with.
+
+    Example:
+        >>> import tomllib
+        >>> convert(tomllib.loads(example())).name
+        'first'
+    """
+    return Path(__file__).with_name("example.toml").read_text("utf-8")
+
+
 def _digest(value: Any) -> str:
     encoded = msgspec.json.encode(value, order="deterministic")
     return hashlib.blake2b(encoded, digest_size=8).hexdigest()

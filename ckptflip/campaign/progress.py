@@ -7,13 +7,17 @@ import statistics
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from ckptflip.campaign.spec import BAD
 from ckptflip.campaign.store.lock import Holder, holder_of
 from ckptflip.campaign.store.reading import Reader, reading
-from ckptflip.campaign.store.rows import Attempt, Cell, CellCounts, Stratum
+from ckptflip.campaign.store.rows import Attempt, Cell, CellCounts
+
+if TYPE_CHECKING:
+    from ckptflip.campaign.estimates import Estimate
 
 # The pace is that of the last trials: machines come and go, and collapsed trials end early.
 _RECENT = 500
@@ -33,7 +37,8 @@ class CellProgress(msgspec.Struct, frozen=True, kw_only=True):
         failed: trials that crashed, hung or ran out of memory.
         outcomes: trials by outcome; those that did not occur have no entry.
         rate: the share of bad outcomes, weighted where trials are drawn by stratum; None: not known yet.
-        low: lower end of its interval, for display; None likewise.
+        low: lower end of its interval: Wilson's, for display; the confidence sequence's where a rule stops
+            cells or trials are drawn by stratum; None likewise.
         high: upper end.
         stopped: why no more trials are run; None: more are.
     """
@@ -119,13 +124,20 @@ def progress_of(reader: Reader) -> Progress:
     stop = (spec.get("trials") or {}).get("stop") or {}
     bad, confidence = tuple(stop.get("outcomes") or BAD), float(stop.get("confidence") or 0.95)
     counts = reader.counts()
-    strata: dict[int, list[Stratum]] = {}
-    for stratum in reader.strata():
-        strata.setdefault(stratum.cell, []).append(stratum)
+    stratified = {stratum.cell for stratum in reader.strata()}
+    made: dict[int, Estimate] = {}
+    if stop or stratified:
+        # Drawn and stopped by what was seen: only an interval made for that holds.
+        from ckptflip.campaign.estimates import FIXED, estimates
+
+        made = {cell: one for cell, one in estimates(reader).items() if one.method != FIXED}
     cells = tuple(
-        _cell(cell, counts.get(cell.id, CellCounts()), strata.get(cell.id, []), bad, confidence)
+        _cell(
+            cell, counts.get(cell.id, CellCounts()), bad, confidence, made.get(cell.id),
+            stratified=cell.id in stratified,
+        )
         for cell in reader.cells()
-    )
+    )  # fmt: skip
     return Progress(
         name=str(spec.get("name", "")),
         cells=cells,
@@ -168,9 +180,22 @@ def pace(attempts: Sequence[Attempt]) -> float | None:
 
 
 def _cell(
-    cell: Cell, counts: CellCounts, strata: Sequence[Stratum], bad: tuple[str, ...], confidence: float
+    cell: Cell,
+    counts: CellCounts,
+    bad: tuple[str, ...],
+    confidence: float,
+    estimate: Estimate | None,
+    *,
+    stratified: bool,
 ) -> CellProgress:
-    rate, low, high = _rate(counts, strata, bad, confidence)
+    rate: float | None = None
+    low: float | None = None
+    high: float | None = None
+    if estimate is not None:
+        rate, low, high = estimate.rate, estimate.low, estimate.high
+    elif counts.done and not stratified:
+        events = sum(counts.outcomes.get(each, 0) for each in bad)
+        rate, (low, high) = events / counts.done, _wilson(events, counts.done, confidence)
     return CellProgress(
         label=cell.label,
         workload=cell.workload,
@@ -184,30 +209,6 @@ def _cell(
         high=high,
         stopped=cell.stopped,
     )
-
-
-def _rate(
-    counts: CellCounts, strata: Sequence[Stratum], bad: tuple[str, ...], confidence: float
-) -> tuple[float | None, float | None, float | None]:
-    """The share of bad outcomes, and its interval."""
-    if not counts.done:
-        return None, None, None
-    if not strata:
-        events = sum(counts.outcomes.get(each, 0) for each in bad)
-        return events / counts.done, *_wilson(events, counts.done, confidence)
-    by_stratum = [counts.strata.get(stratum.id, {}) for stratum in strata]
-    trials = [sum(each.values()) for each in by_stratum]
-    if not all(trials):
-        return None, None, None
-    from ckptflip.campaign.statistics.strata import weighted_rate
-
-    found = weighted_rate(
-        [stratum.weight for stratum in strata],
-        [sum(each.get(outcome, 0) for outcome in bad) for each in by_stratum],
-        trials,
-        confidence,
-    )
-    return found.rate, found.interval.low, found.interval.high
 
 
 def _wilson(events: int, trials: int, confidence: float) -> tuple[float, float]:

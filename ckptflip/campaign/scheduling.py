@@ -39,8 +39,8 @@ class Rounds(msgspec.Struct, frozen=True, eq=False):
 
     Attributes:
         probabilities: of each stratum to be drawn, float64[rounds, strata].
-        events: int64[rounds, strata].
-        trials: those that are done, int64[rounds, strata].
+        events: trials that ended badly or failed, int64[rounds, strata].
+        trials: int64[rounds, strata].
         drawn: position of the stratum of each trial, by its number.
     """
 
@@ -118,9 +118,9 @@ def rounds_of(
         if not all(number in finished for number in numbers):
             break
         chances.append(q)
-        done = [n for n in numbers if finished[n]]
-        made.append(np.bincount([drawn[n] for n in done], minlength=len(weights)))
-        bad = [drawn[n] for n in done if finished[n] in events]
+        made.append(np.bincount(drawn[first:], minlength=len(weights)))
+        # Left out, failed trials would change the chances that the interval rests on: they count as bad.
+        bad = [drawn[n] for n in numbers if not finished[n] or finished[n] in events]
         seen.append(np.bincount(np.array(bad, int), minlength=len(weights)))
         if _precise(campaign, Rounds(*_stacked(chances, seen, made, len(weights)), tuple(drawn)), weights):
             break
@@ -141,15 +141,10 @@ def _stratified(
 
 def _precise(campaign: Campaign, rounds: Rounds, weights: Sequence[float]) -> bool:
     rule = campaign.trials.stop
-    counted = rounds.trials.sum(1) > 0
-    if rule is None or rounds.trials.sum() < rule.at_least or not counted.any():
+    if rule is None or rounds.trials.sum() < rule.at_least:
         return False
     low, high = weighted_sequence(
-        weights,
-        rounds.probabilities[counted],
-        rounds.events[counted],
-        rounds.trials[counted],
-        rule.confidence,
+        weights, rounds.probabilities, rounds.events, rounds.trials, rule.confidence
     )
     return bool(high[-1] - low[-1] <= 2 * rule.half_width)
 

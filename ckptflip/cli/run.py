@@ -30,11 +30,12 @@ _PACE = 10.0
 @click.option("--extend", is_flag=True, help="Accept an edited spec: more cells or trials. Nothing is lost.")
 @click.option("--retry", is_flag=True, help="Try failed trials again.")
 @click.option("--dry-run", is_flag=True, help="List the cells; run nothing.")
+@click.option("--example", is_flag=True, help="Print a small spec to begin with, and end.")
 @click.option("--schema", is_flag=True, help="Print the JSON Schema of a spec, for editors, and end.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
 def command(
     campaign: Path | None, store: Path | None, executor: str | None, workers: int | None, shard: str | None,
-    extend: bool, retry: bool, dry_run: bool, schema: bool, quiet: bool,
+    extend: bool, retry: bool, dry_run: bool, example: bool, schema: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Run the campaign that the TOML file CAMPAIGN describes, or what is missing of it.
 
@@ -43,13 +44,13 @@ def command(
     """
     from ckptflip.campaign import loading
 
-    if schema:
+    if schema or example:
         import json
 
-        click.echo(json.dumps(loading.schema(), indent=1))
+        click.echo(json.dumps(loading.schema(), indent=1) if schema else loading.example(), nl=schema)
         return
     if campaign is None:
-        raise UsageError("name the campaign's TOML file")
+        raise UsageError("name the campaign's TOML file; --example prints one to begin with")
     spec = loading.load(campaign)
     if dry_run:
         _list_cells(spec)

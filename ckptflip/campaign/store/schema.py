@@ -19,7 +19,7 @@ APPLICATION = 0x636B7066
 
 # NaN has no place in SQLite, where it becomes NULL: a NULL value is NaN, a value that was not measured has no
 # row. Words and bit sets are unsigned; SQLite keeps them as the signed number of the same 64 bits.
-_SCHEMA = """
+_TABLES = """
 CREATE TABLE revisions (            -- the spec, each time it was new or edited; the last one holds
     number INTEGER PRIMARY KEY,
     fingerprint TEXT NOT NULL,
@@ -157,24 +157,32 @@ CREATE TRIGGER finished_trials_stay BEFORE UPDATE ON trials WHEN OLD.state = 'do
 BEGIN SELECT RAISE (ABORT, 'a finished trial never changes'); END;
 CREATE TRIGGER finished_trials_are_kept BEFORE DELETE ON trials WHEN OLD.state = 'done'
 BEGIN SELECT RAISE (ABORT, 'a finished trial is never deleted'); END;
-%s-- For questions by hand: each altered word beside what became of its trial.
-CREATE VIEW faults AS
-SELECT cells.label AS cell, cells.workload, cells.epoch, trials.id AS trial, trials.number, trials.state,
-    trials.outcome, tensors.name AS tensor, tensors.layer, tensors.role, tensors.dtype, flips.word,
-    printf('%%x', flips.hit) AS hit, printf('%%x', flips.before) AS before,
-    printf('%%x', flips.after) AS after
-FROM flips JOIN trials ON trials.id = flips.trial JOIN cells ON cells.id = trials.cell
-    JOIN tensors ON tensors.id = flips.tensor;
 """
+
+# What was measured of a finished trial and hit in it stays, too.
 _DETAIL = """CREATE TRIGGER {table}_{event}_of_finished BEFORE {event} ON {table}
 WHEN (SELECT state FROM trials WHERE id = {row}.trial) = 'done'
 BEGIN SELECT RAISE (ABORT, 'a finished trial never changes'); END;
 """
 
-SCHEMA = _SCHEMA % "".join(
-    _DETAIL.format(table=table, event=event, row="NEW" if event == "INSERT" else "OLD")
-    for table in ("trial_values", "flips", "propagation")
-    for event in ("INSERT", "UPDATE", "DELETE")
+_VIEW = """
+-- For questions by hand: each altered word beside what became of its trial.
+CREATE VIEW faults AS
+SELECT cells.label AS cell, cells.workload, cells.epoch, trials.id AS trial, trials.number, trials.state,
+    trials.outcome, tensors.name AS tensor, tensors.layer, tensors.role, tensors.dtype, flips.word,
+    printf('%x', flips.hit) AS hit, printf('%x', flips.before) AS before,
+    printf('%x', flips.after) AS after
+FROM flips JOIN trials ON trials.id = flips.trial JOIN cells ON cells.id = trials.cell
+    JOIN tensors ON tensors.id = flips.tensor;
+"""
+SCHEMA = (
+    _TABLES
+    + "".join(
+        _DETAIL.format(table=table, event=event, row="NEW" if event == "INSERT" else "OLD")
+        for table in ("trial_values", "flips", "propagation")
+        for event in ("INSERT", "UPDATE", "DELETE")
+    )
+    + _VIEW
 )
 
 # What brings a store of each version to the next one: SQL statements. None yet: version 1 is the first.
@@ -186,25 +194,23 @@ def create(connection: sqlite3.Connection) -> None:
     _apply(connection, SCHEMA, VERSION)
 
 
-def migrate(connection: sqlite3.Connection, steps: Mapping[int, str] = STEPS, version: int = VERSION) -> None:
+def migrate(connection: sqlite3.Connection) -> None:
     """Bring an older store up to date, one version after the other; each step is done whole or not at all.
 
     Args:
         connection: to a store that may be written.
-        steps: by version, the statements that make the next one of it.
-        version: where to end.
 
     Raises:
         CampaignError: there is no way from the store's version.
     """
     (found,) = connection.execute("PRAGMA user_version").fetchone()
-    for old in range(found, version):
-        if old not in steps:
+    for old in range(found, VERSION):
+        if old not in STEPS:
             raise CampaignError(
                 f"this is a store of version {old}, which nothing brings to version {old + 1}: read it with "
                 "the ckptflip that wrote it (`ckptflip export`)"
             )
-        _apply(connection, steps[old], old + 1)
+        _apply(connection, STEPS[old], old + 1)
 
 
 def _apply(connection: sqlite3.Connection, statements: str, version: int) -> None:
