@@ -130,7 +130,7 @@ def progress_of(reader: Reader) -> Progress:
         # Drawn and stopped by what was seen: only an interval made for that holds.
         from ckptflip.campaign.estimates import FIXED, estimates
 
-        made = {cell: one for cell, one in estimates(reader).items() if one.method != FIXED}
+        made = {cell: one for cell, (one,) in estimates(reader).items() if one.method != FIXED}
     cells = tuple(
         _cell(
             cell, counts.get(cell.id, CellCounts()), bad, confidence, made.get(cell.id),

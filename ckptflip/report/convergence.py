@@ -11,21 +11,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ckptflip.errors import UsageError
+from ckptflip.report.style import COLOURS, LINES, NAMES, blank, checked
+from ckptflip.report.style import save as _save
 from ckptflip.training.track import Track, collapsed, read
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-SUFFIXES = (".png", ".svg", ".pdf")
-# Okabe & Ito, "Color Universal Design" (2008), told apart with every kind of colour vision. Black is the
-# clean run's; yellow is last, being faint on white.
-COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
-LINES = ("-", "--", ":")
-NAMES = {
-    "accuracy": "accuracy on the test set", "loss": "loss on the test set", "train_loss": "training loss",
-    "grad_norm": "L2 norm of the gradient",
-}  # fmt: skip
+# Values from 0 to 1 of which more is better: runs can collapse in them.
+_SHARES = ("accuracy", "auc")
+# Measures of click predictions of which less is better.
+_LOWER = ("ne", "ece", "auc_se", "unscored")
 # More labels than this no legend can hold: the rest share one grey.
 _MOST_LABELS = 12
 # A panel that shows only the clean run's surroundings is added when these are so much smaller than the whole.
@@ -68,9 +65,7 @@ def plot(
         UsageError: another suffix, no tracks, or none that holds the metric.
         RecordError: a track cannot be read.
     """
-    out = Path(out)
-    if out.suffix.lower() not in SUFFIXES:
-        raise UsageError(f"{out}: a figure's name ends in {', '.join(SUFFIXES)}")
+    out = checked(out)
     loaded = [track if isinstance(track, Track) else read(track) for track in tracks]
     if clean is not None:
         chosen = clean if isinstance(clean, Track) else read(clean)
@@ -84,13 +79,8 @@ def plot(
 
 
 def _figure(groups: list[_Group], metric: str, title: str | None) -> Figure:
-    # Figure alone, without pyplot: no window system, and no figure of the caller's is touched.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     near = _surroundings(groups, metric)
-    figure = Figure(figsize=(9.6, 6.4 if near else 4.8), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = blank(9.6, 6.4 if near else 4.8)
     panels = figure.subplots(2 if near else 1, 1, sharex=True, squeeze=False)[:, 0]
     for axes in panels:
         for group in groups:
@@ -196,7 +186,7 @@ def _mark_flips(axes: Axes, groups: list[_Group]) -> None:
 
 
 def _scale(axes: Axes, groups: list[_Group], metric: str) -> None:
-    if metric == "accuracy":
+    if metric in _SHARES:
         axes.set_ylim(-0.02, 1.02)
         return
     values = _finite(groups, metric)
@@ -208,7 +198,7 @@ def _scale(axes: Axes, groups: list[_Group], metric: str) -> None:
 def _surroundings(groups: list[_Group], metric: str) -> tuple[float, float] | None:
     """Limits around the clean run from the flip on, where the whole picture would hide them."""
     faulty = [track for group in groups if not group.clean for track in group.tracks]
-    if metric != "accuracy" or not faulty:
+    if metric not in _SHARES or not faulty:
         return None
     start = min(track.header.start_epoch for track in faulty)
     near = _finite([group for group in groups if group.clean], metric, start)
@@ -255,21 +245,11 @@ def _legend(figure: Figure, groups: list[_Group], metric: str) -> None:
 
 
 def _collapsed(group: _Group, groups: list[_Group], metric: str) -> int:
-    """Runs that collapsed (see `ckptflip.training.track.collapsed`); 0 for other metrics than accuracy."""
+    """Runs that collapsed (see `ckptflip.training.track.collapsed`); 0 where no share is measured."""
     ends = [_curve(track, metric)[1][-1] for one in groups if one.clean for track in one.tracks]
-    if metric != "accuracy" or not ends or group.clean:
+    if metric not in _SHARES or not ends or group.clean:
         return 0
-    return sum(collapsed(track, min(ends)) for track in group.tracks)
-
-
-def _save(figure: Figure, out: Path) -> None:
-    # Without its date, the same tracks give the same SVG and PDF.
-    dated = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(out, metadata=dated.get(out.suffix.lower(), {}))
-    except OSError as error:
-        raise UsageError(f"{out} cannot be written: {error.strerror or error}") from error
+    return sum(collapsed(track, min(ends), metric) for track in group.tracks)
 
 
 def _metrics(track: Track) -> set[str]:
@@ -278,4 +258,4 @@ def _metrics(track: Track) -> set[str]:
 
 
 def _higher_is_better(metric: str) -> bool:
-    return not metric.endswith(("loss", "norm", "nan", "inf", "extreme"))
+    return not (metric in _LOWER or metric.endswith(("loss", "norm", "nan", "inf", "extreme")))

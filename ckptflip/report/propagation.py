@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from ckptflip.errors import UsageError
 from ckptflip.propagation import LayerPropagation
+from ckptflip.report.style import SUFFIXES as SUFFIXES
+from ckptflip.report.style import blank, checked, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-SUFFIXES = (".png", ".svg", ".pdf")
 # Okabe & Ito, "Color Universal Design" (2008), told apart with every kind of colour vision.
 _BOX, _MEDIAN, _STRANGE = "#56B4E9", "#000000", "#D55E00"
 _LONGEST = 36
@@ -40,22 +41,15 @@ def plot(rows: Sequence[LayerPropagation], out: str | Path, *, title: str | None
     Raises:
         UsageError: another suffix, no rows, or a file that cannot be written.
     """
-    out = Path(out)
-    if out.suffix.lower() not in SUFFIXES:
-        raise UsageError(f"{out}: a figure's name ends in {', '.join(SUFFIXES)}")
+    out = checked(out)
     if not rows:
         raise UsageError("there are no layers to draw")
-    _save(_figure(rows, title), out)
+    save(_figure(rows, title), out)
 
 
 def _figure(rows: Sequence[LayerPropagation], title: str | None) -> Figure:
-    # Figure alone, without pyplot: no window system, and no figure of the caller's is touched.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     height = min(1.5 + _INCHES_PER_LAYER * len(rows), _TALLEST)
-    figure = Figure(figsize=(9.6, height), dpi=150 if height < _TALLEST else 100, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = blank(9.6, height, dpi=150 if height < _TALLEST else 100)
     axes = figure.subplots()
     _boxes(axes, rows)
     axes.set_ylim(len(rows) - 0.4, -0.6)
@@ -126,16 +120,3 @@ def _unchanged(row: LayerPropagation) -> str:
 
 def _short(name: str) -> str:
     return name if len(name) <= _LONGEST else f"…{name[1 - _LONGEST :]}"
-
-
-def _save(figure: Figure, out: Path) -> None:
-    import matplotlib
-
-    # Without its date, and with names that are not drawn, the same numbers give the same SVG and PDF.
-    dated = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with matplotlib.rc_context({"svg.hashsalt": "ckptflip"}):
-            figure.savefig(out, metadata=dated.get(out.suffix.lower(), {}))
-    except OSError as error:
-        raise UsageError(f"{out} cannot be written: {error.strerror or error}") from error

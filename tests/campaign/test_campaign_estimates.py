@@ -2,43 +2,25 @@
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from played_campaigns import finished, made, write
 
-from ckptflip.campaign import loading
-from ckptflip.campaign.cells import expand
-from ckptflip.campaign.estimates import FIXED, SEQUENCE, WEIGHTED, estimate, estimates
+from ckptflip.campaign.estimates import FIXED, SEQUENCE, WEIGHTED, Estimate, estimates, rates
 from ckptflip.campaign.progress import progress
-from ckptflip.campaign.scheduling import due, rounds_of, rule_of
+from ckptflip.campaign.scheduling import rounds_of, rule_of
 from ckptflip.campaign.statistics import clopper_pearson, stopped, weighted_sequence
-from ckptflip.campaign.store import reading, writing
-from ckptflip.campaign.store.rows import Cell, NewAttempt, NewTrial, Stratum
+from ckptflip.campaign.store import reading
 
 WEIGHTS = [1 / 32, 31 / 32]
 
 
-def made(**trials: Any) -> Any:
-    spec = loading.convert({
-        "name": "x", "workload": [{"name": "digits-mlp"}], "restart": {"epochs": [2], "until": 6},
-        "policy": [{"roles": "model"}], "trials": {"control": 0, **trials},
-    })  # fmt: skip
-    return spec, expand(spec)[0]
-
-
-def finished(spec: Any, cell: Any, rates: list[float], weights: list[float], seed: int = 0) -> dict[int, str]:
-    found: dict[int, str] = {}
-    while True:
-        asked = due(spec, cell, found, weights)
-        missing = [(n, at) for n, at in asked.trials if n not in found]
-        if not missing:
-            return found
-        for n, at in missing:
-            bad = random.Random(f"{seed}/{n}/{at}").random() < rates[at or 0]
-            found[n] = "collapsed" if bad else "masked"
+def estimate(*arguments: Any) -> Estimate | None:
+    """The rate that is estimated when no other is asked for."""
+    return next(iter(rates(*arguments)), None)
 
 
 def test_a_fixed_number_of_trials_gets_an_exact_interval() -> None:
@@ -82,9 +64,19 @@ def test_weighted_intervals_hold_and_rates_are_unbiased() -> None:
     found = [
         estimate(spec, cell, finished(spec, cell, [0.6, 0.02], WEIGHTS, seed), WEIGHTS) for seed in range(60)
     ]
-    rates = [each.rate for each in found if each is not None]
+    seen = [each.rate for each in found if each is not None]
     assert sum(each is not None and each.low <= truth <= each.high for each in found) >= 57
-    assert abs(np.mean(rates) - truth) < 4 * np.std(rates) / np.sqrt(60)
+    assert abs(np.mean(seen) - truth) < 4 * np.std(seen) / np.sqrt(60)
+
+
+def test_rates_of_all_outcomes_add_up() -> None:
+    spec, cell = made(strata=["field"], per_cell=200)
+    outcomes = finished(spec, cell, [0.6, 0.1], WEIGHTS)
+    sets = [("collapsed",), ("masked",), ("slowed",)]
+    collapsed, masked, slowed = rates(spec, cell, outcomes, WEIGHTS, 0.95, sets)
+    assert collapsed.events + masked.events == 200 and slowed.rate == 0.0
+    assert collapsed.rate == pytest.approx(rates(spec, cell, outcomes, WEIGHTS)[0].rate)
+    assert slowed.high < 0.05
 
 
 def test_nothing_finished_is_no_estimate() -> None:
@@ -96,31 +88,9 @@ def test_nothing_finished_is_no_estimate() -> None:
 @pytest.mark.parametrize("trials", [{"stop": {"half_width": 0.1}}, {"strata": ["field"], "per_cell": 100}])
 def test_status_shows_what_holds(tmp_path: Path, trials: dict[str, Any]) -> None:
     spec, cell = made(**trials)
-    weights = WEIGHTS if "strata" in trials else []
-    outcomes = finished(spec, cell, [0.2, 0.1], weights)
-    drawn = rounds_of(spec, cell, outcomes, weights).drawn if weights else ()
-    named = [("", "critical"), ("", "mantissa")]
-    with writing(tmp_path / "x.db") as writer:
-        writer.revise(loading.plain_of(spec), loading.fingerprint(spec), "x", {}, {})
-        writer.put_cells([
-            Cell(key=cell.key, position=0, workload="digits-mlp", epoch=2, until=6, label="x", wanted=1000)
-        ])  # fmt: skip
-        if weights:
-            writer.put_strata(
-                cell.key,
-                [
-                    Stratum(layer=a, field=b, bits=1, weight=w)
-                    for (a, b), w in zip(named, weights, strict=True)
-                ],
-            )
-        writer.put_run("digits-mlp", 0, 6, True, {}, [2], {"accuracy": (0.9,)})
-        for n, outcome in outcomes.items():
-            trial = NewTrial(
-                cell=cell.key, number=n, run_seed=0, seed=n, outcome=outcome,
-                stratum=named[drawn[n]] if drawn else None,
-            )  # fmt: skip
-            writer.put_trial(trial, NewAttempt(task=str(n), state="done", executor="local"))
+    strata = list(zip(["critical", "mantissa"], WEIGHTS, strict=True)) if "strata" in trials else []
+    write(tmp_path / "x.db", spec, cell, finished(spec, cell, [0.2, 0.1], WEIGHTS if strata else []), strata)
     with reading(tmp_path / "x.db") as reader:
-        (expected,) = estimates(reader).values()
+        ((expected,),) = estimates(reader).values()
     shown = progress(tmp_path / "x.db").cells[0]
     assert (shown.rate, shown.low, shown.high) == (expected.rate, expected.low, expected.high)
