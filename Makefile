@@ -1,7 +1,7 @@
 # One vocabulary of commands. Each sets up what it needs in .venv; a second call reuses it.
 #   make demo       train, flip, resume, compare, draw: the main job on the embedded default
 #   make test       everything that must pass: lint, types, docs, notebooks, doctests, tests
-#   make lint types docs bench notebooks      one part alone
+#   make lint types docs bench results notebooks      one part alone
 
 PYTHON ?= python3
 VENV   := .venv
@@ -10,7 +10,7 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c co
 # Frameworks run on one thread each, so that tests side by side do not fight for the cores.
 THREADS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TF_NUM_INTRAOP_THREADS=1 TF_CPP_MIN_LOG_LEVEL=3
 
-.PHONY: demo test lint types docs bench notebooks pytest clean
+.PHONY: demo test lint types docs bench results notebooks pytest clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -47,6 +47,12 @@ bench: $(VENV)/.test
 	$(BIN)/python benchmarks/inject.py
 	$(BIN)/python benchmarks/formats.py
 	$(BIN)/python benchmarks/callbacks.py
+	$(BIN)/python benchmarks/campaign.py
+
+# Runs the published studies' small variants (some 20 minutes) and writes docs/results.md.
+results: $(VENV)/.test
+	$(BIN)/python campaigns/cluster21.py run
+	$(BIN)/python campaigns/cluster21.py write
 
 pytest: $(VENV)/.test
 	$(THREADS) $(BIN)/python -m pytest -q -n auto

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import ckptflip
+from ckptflip.campaign.machine import processor
 
 GIB = 1 << 30
 _README = Path(__file__).parent.parent / "README.md"
@@ -64,18 +65,10 @@ def with_bytecode() -> None:
 
 def machine(**versions: str) -> str:
     """The machine, Python and some libraries, in a line."""
-    model = "unknown processor"
-    if Path("/proc/cpuinfo").exists():
-        names = [
-            line.split(":")[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if "model name" in line
-        ]
-        model = names[0] if names else model
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
     libraries = ", ".join(f"{name} {version}" for name, version in versions.items())
     python = f"Python {platform.python_version()}"
-    return f"{model}, {os.cpu_count()} cores, {memory:.0f} GiB; {python}, {libraries}"
+    return f"{processor()}, {os.cpu_count()} cores, {memory:.0f} GiB; {python}, {libraries}"
 
 
 def table_of(results: str, columns: int) -> str:
