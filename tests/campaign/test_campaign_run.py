@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from executor_places import place
 
 from ckptflip.campaign.store import reading
 
@@ -153,6 +154,45 @@ def _kill_a_worker(driver: int) -> None:
         if int(fields[1]) == driver:
             os.kill(int(stat.parent.name), signal.SIGKILL)
             return
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "options"), [("ray", "{}"), ("slurm", "{ poll = 0.5, grace = 1, time = 10, per_job = 4 }")]
+)
+def test_every_executor_gives_the_same_values(
+    tmp_path: Path, undisturbed: Any, name: str, options: str
+) -> None:
+    executor = f'name = "{name}"\nworkers = 2\noptions = {options}'
+    spec = written(tmp_path, options="slow = 0.06", executor=executor)
+    with place(name):
+        run(spec, tmp_path / "runs.db")
+    assert values(tmp_path / "runs.db") == undisturbed
+    with reading(tmp_path / "runs.db") as reader:
+        assert {attempt.executor for attempt in reader.attempts()} == {name}
+
+
+@pytest.mark.slow
+def test_a_slurm_driver_that_is_killed_takes_up_its_jobs(tmp_path: Path, undisturbed: Any) -> None:
+    executor = 'name = "slurm"\nworkers = 2\noptions = { poll = 0.5, grace = 1, time = 10, per_job = 4 }'
+    spec, store = written(tmp_path, options="slow = 0.06", executor=executor), tmp_path / "runs.db"
+    with place("slurm"):
+        for trials in (1, 12):
+            process = subprocess.Popen(
+                command("run", spec, "--store", store, "-q"), cwd=HERE, env=_environment(),
+                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            )  # fmt: skip
+            deadline = time.monotonic() + 60
+            while process.poll() is None and _finished(store) < trials and time.monotonic() < deadline:
+                time.sleep(0.05)
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        assert _finished(store) < 34
+        run(spec, store)
+    assert values(store) == undisturbed
+    with reading(store) as reader:
+        done = [a.task for a in reader.attempts() if a.state == "done" and a.task.startswith("trial/")]
+    assert len(done) == len(set(done)) == 34
 
 
 def test_shards_unite_to_the_whole(tmp_path: Path, undisturbed: Any) -> None:
