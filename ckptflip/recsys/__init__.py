@@ -1,0 +1,1 @@
+"""Recommendation models, their data, and their embedding tables as targets of faults."""
