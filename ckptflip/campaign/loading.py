@@ -189,7 +189,7 @@ def _check_restart(campaign: Campaign) -> None:
         raise UsageError("restart.epochs is empty: name the checkpoints that are altered, as in epochs = [5]")
     _unique("restart.epochs", restart.epochs)
     for epoch in restart.epochs:
-        if restart.end(epoch) <= epoch:
+        if restart.until is not None and restart.until <= epoch:
             raise UsageError(
                 f"restart.until is {restart.until}: it must be beyond epoch {epoch}, which is altered"
             )

@@ -46,12 +46,13 @@ class Restart(_Strict, frozen=True):
     Attributes:
         epochs: of the checkpoints that are altered.
         until: the epoch to stop after, the same for all.
-        horizon: epochs to train after the restart.
+        horizon: epochs to train after the restart; 0: the altered checkpoint is measured and not trained,
+            as a model is used.
     """
 
     epochs: tuple[_Epoch, ...]
     until: _Positive | None = None
-    horizon: _Positive | None = None
+    horizon: _Epoch | None = None
 
     def end(self, epoch: int) -> int:
         """The last epoch of a trial that starts at `epoch`."""

@@ -252,6 +252,19 @@ def test_strata_give_the_same_with_any_workers_and_after_a_restart(tmp_path: Pat
     assert {s.field for s in strata} == {"sign", "critical", "exponent", "mantissa"}
 
 
+def test_a_horizon_of_nothing_measures_the_altered_checkpoint(tmp_path: Path) -> None:
+    spec, store = written(tmp_path, tensors="!unused*"), tmp_path / "runs.db"
+    text = spec.read_text().replace("until = 8", "horizon = 0").replace("propagation = [1]", "")
+    spec.write_text(text)
+    run(spec, store)
+    with reading(store) as reader:
+        trials, curves = reader.trials(), reader.curves("accuracy")
+    assert len(trials.id) == len(curves.value) == 34
+    ended = trials.outcome != "collapsed"
+    assert (trials.right_after[ended] == trials.final[ended]).all()
+    assert set(trials.outcome) <= {"identical", "masked", "degraded", "collapsed"}
+
+
 @pytest.mark.parametrize(
     ("options", "executor", "state", "signal_number"),
     [
