@@ -19,6 +19,7 @@ except ImportError as error:
 
 from ckptflip.training import torch_state
 from ckptflip.training.checks import check_samples, check_sizes, no_state
+from ckptflip.training.digests import state_digest
 from ckptflip.training.measures import accuracy, count_nev, gradient_norm
 from ckptflip.training.settings import random_state, seed_all, set_random_state, settled
 from ckptflip.training.torch_state import Run
@@ -26,6 +27,9 @@ from ckptflip.training.torch_state import Run
 Pair = tuple[Any, Any]
 Data = tuple[Pair, Pair]
 Augment = Callable[[torch.Tensor, int, int, "np.ndarray[Any, np.dtype[np.int64]]"], torch.Tensor]
+Metric = Callable[[torch.Tensor, torch.Tensor], "float | dict[str, float]"]
+# What the model is given: a tensor with the sample as first axis, or a tuple of them.
+Inputs = Any
 
 
 class TorchWorkload:
@@ -43,17 +47,22 @@ class TorchWorkload:
             checkpoint can say which state belongs to which parameter.
         loss: ``loss(outputs, targets)``, a scalar tensor, the mean over the batch.
         data: ``((inputs, targets), (test inputs, test targets))``, arrays or tensors with the sample as first
-            axis, or a function that returns them, called when they are first needed.
+            axis, or a function that returns them, called when they are first needed. A tuple of inputs is
+            given to the model as so many arguments.
         batch_size: samples per step; the last batch of an epoch may be smaller.
+        per_epoch: samples of an epoch, where that is not the whole training set: the first epoch takes the
+            first so many, the next one those that follow, round and round. For logs that are gone through
+            once, so that checkpoints lie between.
         scheduler: makes a learning-rate scheduler from the optimizer; stepped after every epoch.
         scaler: makes a ``torch.amp.GradScaler``, for models that autocast.
         augment: ``augment(inputs, seed, epoch, indices)`` gives the inputs of a training step: `inputs`
             changed in a way that depends on (seed, epoch, indices) alone; these are int64[n], places in the
-            training set.
+            training set. Of several inputs the first is changed.
         autocast: precision of the model's steps under ``torch.autocast``, such as ``torch.bfloat16``; weights
             and optimizer keep theirs.
         test_batch: samples per step of the evaluation.
-        metric: ``metric(outputs, targets)`` over the whole test set, recorded as ``accuracy``.
+        metric: ``metric(outputs, targets)`` over the whole test set: a number, recorded as ``accuracy``, or
+            a dict, recorded under its names; a ``loss`` in it takes the place of that of the loss function.
         device: where the model and the batches live.
         threads: PyTorch's threads while it trains. Another number gives other last bits of a sum, so a run
             and its resume need the same.
@@ -85,30 +94,38 @@ class TorchWorkload:
         loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
         data: Data | Callable[[], Data],
         batch_size: int,
+        per_epoch: int | None = None,
         scheduler: Callable[[torch.optim.Optimizer], Any] | None = None,
         scaler: Callable[[], Any] | None = None,
         augment: Augment | None = None,
         autocast: torch.dtype | None = None,
-        metric: Callable[[torch.Tensor, torch.Tensor], float] = accuracy,
+        metric: Metric = accuracy,
         device: str | torch.device = "cpu",
         threads: int = 1,
         extreme: float = 1e10,
         test_batch: int = 1024,
     ) -> None:
         check_sizes(batch_size, test_batch, threads)
-        self.name = name
+        if per_epoch is not None and per_epoch < 1:
+            raise UsageError(f"an epoch has 1 sample or more, not {per_epoch}")
+        self.name, self._per_epoch = name, per_epoch
         self._model, self._optimizer, self._loss = model, optimizer, loss
         self._scheduler, self._scaler, self._metric = scheduler, scaler, metric
         self._augment, self._autocast = augment, autocast
         self._source, self._batch_size, self._test_batch = data, batch_size, test_batch
         self._device, self._threads, self._extreme = torch.device(device), threads, extreme
-        self._loaded: tuple[tuple[torch.Tensor, torch.Tensor], ...] | None = None
+        self._loaded: tuple[tuple[Inputs, torch.Tensor], ...] | None = None
         self._run: Run | None = None
 
     @property
     def epoch(self) -> int:
         """Epochs trained so far; 0 before `start`."""
         return self._run.epoch if self._run else 0
+
+    @property
+    def seed(self) -> int:
+        """What the present run was started with."""
+        return self._current().seed
 
     @property
     def model(self) -> torch.nn.Module:
@@ -126,14 +143,16 @@ class TorchWorkload:
         """Train one epoch; returns the mean ``loss`` and the mean ``grad_norm`` (L2, float64)."""
         run = self._current()
         inputs, targets = self._data()[0]
-        order = np.random.default_rng(np.random.SeedSequence((run.seed, run.epoch))).permutation(len(inputs))
+        samples = len(targets)
+        order = _order(run.seed, run.epoch, samples, min(self._per_epoch or samples, samples))
         losses, norms = 0.0, []
         with self._random_of(run):
             run.model.train()
-            for batch in torch.from_numpy(order).to(inputs.device).split(self._batch_size):
-                chosen = inputs[batch]
+            for batch in torch.from_numpy(order).to(targets.device).split(self._batch_size):
+                chosen = tuple(part[batch] for part in _several(inputs))
                 if self._augment is not None:
-                    chosen = self._augment(chosen, run.seed, run.epoch, batch.cpu().numpy())
+                    first = self._augment(chosen[0], run.seed, run.epoch, batch.cpu().numpy())
+                    chosen = (first, *chosen[1:])
                 loss, norm = self._step(run, chosen, targets[batch])
                 losses += loss * len(batch)
                 norms.append(norm)
@@ -146,20 +165,29 @@ class TorchWorkload:
         return {"loss": losses / len(order), "grad_norm": sum(norms) / len(norms)}
 
     def evaluate(self) -> dict[str, float]:
-        """Measure ``accuracy``, ``loss`` and the weights' ``nan``, ``inf`` and ``extreme`` counts."""
+        """Measure ``loss``, the metric, and the weights' ``nan``, ``inf`` and ``extreme`` counts."""
         run = self._current()
-        inputs, targets = self._data()[1]
         with self._random_of(run), torch.no_grad():
-            run.model.eval()
             with self._casting():
-                outputs = torch.cat([run.model(batch) for batch in inputs.split(self._test_batch)])
+                outputs, targets = self._outputs(run)
                 loss = self._loss(outputs, targets).item()
-            measured = {"accuracy": float(self._metric(outputs, targets)), "loss": loss}
-        return measured | count_nev(run.model, self._extreme)
+            metric = self._metric(outputs, targets)
+        named = metric if isinstance(metric, dict) else {"accuracy": float(metric)}
+        return {"loss": loss} | named | count_nev(run.model, self._extreme)
+
+    def outputs(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The model's outputs for the test set, and the targets: what measures of pairs of runs need."""
+        run = self._current()
+        with self._random_of(run), torch.no_grad(), self._casting():
+            return self._outputs(run)
 
     def save(self, path: str | Path) -> None:
         """Write the whole state to an HDF5 file."""
         torch_h5.save(torch_state.capture(self._current(), self.name), path)
+
+    def digest(self) -> str:
+        """A digest of everything that `save` would write: equal digests, equal states bit for bit."""
+        return state_digest(torch_state.capture(self._current(), self.name))
 
     def load(self, path: str | Path) -> None:
         """Take up the state of a checkpoint; when that fails, the present state stays."""
@@ -179,10 +207,16 @@ class TorchWorkload:
         scaler = self._scaler() if self._scaler else None
         return Run(model, optimizer, scheduler, scaler, random_state(self._device), seed)
 
-    def _step(self, run: Run, inputs: torch.Tensor, targets: torch.Tensor) -> tuple[float, float]:
+    def _outputs(self, run: Run) -> tuple[torch.Tensor, torch.Tensor]:
+        inputs, targets = self._data()[1]
+        run.model.eval()
+        batches = zip(*(part.split(self._test_batch) for part in _several(inputs)), strict=True)
+        return torch.cat([run.model(*batch) for batch in batches]), targets
+
+    def _step(self, run: Run, inputs: tuple[torch.Tensor, ...], targets: torch.Tensor) -> tuple[float, float]:
         run.optimizer.zero_grad()
         with self._casting():
-            loss = self._loss(run.model(inputs), targets)
+            loss = self._loss(run.model(*inputs), targets)
         if run.scaler is None:
             loss.backward()
             norm = gradient_norm(run.model)
@@ -212,16 +246,30 @@ class TorchWorkload:
             raise no_state(self.name)
         return self._run
 
-    def _data(self) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
+    def _data(self) -> tuple[tuple[Inputs, torch.Tensor], ...]:
         if self._loaded is None:
             pairs = self._source() if callable(self._source) else self._source
-            loaded = tuple(
-                (torch.as_tensor(inputs, device=self._device), torch.as_tensor(targets, device=self._device))
-                for inputs, targets in pairs
+            loaded = tuple((self._placed(inputs), self._placed(targets)) for inputs, targets in pairs)
+            check_samples(
+                self.name, ((one, targets) for inputs, targets in loaded for one in _several(inputs))
             )
-            check_samples(self.name, loaded)
             self._loaded = loaded
         return self._loaded
+
+    def _placed(self, values: Any) -> Any:
+        if isinstance(values, tuple):
+            return tuple(torch.as_tensor(one, device=self._device) for one in values)
+        return torch.as_tensor(values, device=self._device)
+
+
+def _order(seed: int, epoch: int, samples: int, per_epoch: int) -> Any:
+    """int64[per_epoch]: the samples of an epoch, shuffled."""
+    shuffled = np.random.default_rng(np.random.SeedSequence((seed, epoch))).permutation(per_epoch)
+    return (shuffled + epoch * per_epoch) % samples
+
+
+def _several(inputs: Any) -> tuple[Any, ...]:
+    return inputs if isinstance(inputs, tuple) else (inputs,)
 
 
 def _parameters(model: torch.nn.Module) -> Any:

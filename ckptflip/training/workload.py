@@ -16,14 +16,23 @@ BUILT_IN = {
     "digits-cnn-keras": "ckptflip.training.digits_keras:cnn",
     "digits-mlp": "ckptflip.training.digits:mlp",
     "digits-mlp-keras": "ckptflip.training.digits_keras:mlp",
+    "afm": "ckptflip.recsys.workloads:afm",
     "alexnet": "ckptflip.vision.workloads:alexnet",
     "alexnet-keras": "ckptflip.vision.workloads:alexnet_keras",
+    "dcn": "ckptflip.recsys.workloads:dcn",
+    "dcn-v2": "ckptflip.recsys.workloads:dcn_v2",
+    "deepfm": "ckptflip.recsys.workloads:deepfm",
+    "dlrm": "ckptflip.recsys.workloads:dlrm",
+    "dummy-dlrm": "ckptflip.recsys.workloads:dummy_dlrm",
+    "fm": "ckptflip.recsys.workloads:fm",
     "resnet18": "ckptflip.vision.workloads:resnet18",
     "resnet18-keras": "ckptflip.vision.workloads:resnet18_keras",
     "resnet50": "ckptflip.vision.workloads:resnet50",
     "resnet50-keras": "ckptflip.vision.workloads:resnet50_keras",
+    "sharded": "ckptflip.training.sharded:sharded",
     "vgg16": "ckptflip.vision.workloads:vgg16",
     "vgg16-keras": "ckptflip.vision.workloads:vgg16_keras",
+    "wide-deep": "ckptflip.recsys.workloads:wide_deep",
 }
 
 

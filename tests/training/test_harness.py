@@ -161,7 +161,7 @@ def test_workloads_are_found_by_name_and_by_path(tmp_path, monkeypatch):
     assert find("mine_found_here:made").name == "digits-mlp"
     for name, said in {
         "digits-cn": "Did you mean 'digits-cnn'",
-        "nothing-like-it": "Built in: alexnet, .*digits-cnn, .*digits-mlp",
+        "nothing-like-it": "Built in: afm, alexnet, .*digits-cnn, .*digits-mlp",
         "no_such_module:make": "there is no such module",
         "mine_fails:make": "ModuleNotFoundError: No module named 'not_there_at_all'",
         "mine_found_here:mak": "did you mean 'make'",
