@@ -48,6 +48,9 @@ bench: $(VENV)/.test
 	$(BIN)/python benchmarks/formats.py
 	$(BIN)/python benchmarks/callbacks.py
 	$(BIN)/python benchmarks/campaign.py
+	$(BIN)/python benchmarks/live.py
+	$(BIN)/python benchmarks/tables.py
+	$(BIN)/python benchmarks/dlrm.py
 
 # Runs the published studies' small variants (some 20 minutes) and writes docs/results.md.
 results: $(VENV)/.test

@@ -35,8 +35,8 @@ def command(
 ) -> None:  # fmt: skip
     """Go on training WORKLOAD from the checkpoint CKPT, clean or altered.
 
-    The track's first row is the checkpoint itself, measured before any training. The last five options are
-    the vision models'; give those that CKPT was trained with.
+    The track's first row is the checkpoint itself, measured before any training. Give the
+    workload the options that CKPT was trained with.
     """
     from ckptflip.training import find, harness
 

@@ -13,6 +13,22 @@ if TYPE_CHECKING:
     from ckptflip.training.track import Row
 
 
+def _pairs(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> dict[str, Any]:
+    """Options as a dict; a value that is JSON counts as that, any other as text."""
+    import json
+
+    found: dict[str, Any] = {}
+    for pair in values:
+        name, equals, text = pair.partition("=")
+        if not equals or not name.strip():
+            raise click.BadParameter(f"{pair!r}: write KEY=VALUE, as in config=kaggle")
+        try:
+            found[name.strip().replace("-", "_")] = json.loads(text)
+        except ValueError:
+            found[name.strip().replace("-", "_")] = text
+    return found
+
+
 def workload_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Options of the vision models, as `options` in one dict; those not given are left to the workload."""
     listed = (
@@ -21,13 +37,20 @@ def workload_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--width", type=float, metavar="F", help="Multiply the model's channels, as 0.25."),
         click.option("--augment/--no-augment", default=None, help="Random crops and flips, or none."),
         click.option("--subset", type=int, metavar="N", help="Use N training and test samples only."),
-    )
+        click.option(
+            "-O", "--option", "others", multiple=True, metavar="KEY=VALUE", callback=_pairs,
+            help="Any option of the workload, such as -O config=kaggle.",
+        ),
+    )  # fmt: skip
 
     @functools.wraps(command)
     def called(**given: Any) -> Any:
         names = ("data", "precision", "width", "augment", "subset")
         chosen = {name: given.pop(name) for name in names}
-        return command(options={name: one for name, one in chosen.items() if one is not None}, **given)
+        others = given.pop("others")
+        return command(
+            options={name: one for name, one in chosen.items() if one is not None} | others, **given
+        )
 
     wrapped: Callable[..., Any] = called
     for option in reversed(listed):
@@ -60,8 +83,8 @@ def command(
     """Train WORKLOAD from the start and keep a checkpoint of every epoch.
 
     WORKLOAD is digits-cnn, digits-mlp, alexnet, resnet18, resnet50 or vgg16, the Keras twin of one of these
-    (digits-cnn-keras), or package.module:object, a workload of yours. The last five options are the vision
-    models'.
+    (digits-cnn-keras), dlrm, fm, deepfm, wide-deep, dcn, dcn-v2 or afm, or package.module:object, one of
+    yours. --data to --subset are the vision models'; -O gives any workload its options.
     """
     from ckptflip.training import find, harness
 
@@ -80,7 +103,11 @@ def command(
 def echo_row(row: Row) -> None:
     """Report one epoch on stderr."""
     parts = [f"epoch {row.epoch:3d}"]
-    for name, value in (("train loss", row.train_loss), ("test loss", row.loss), ("accuracy", row.accuracy)):
+    measured = (
+        ("train loss", row.train_loss), ("test loss", row.loss), ("accuracy", row.accuracy),
+        ("AUC", row.extra.get("auc")),
+    )  # fmt: skip
+    for name, value in measured:
         if value is not None:
             parts.append(f"{name} {value:.4g}")
     for name, count in (("NaN", row.nan), ("Inf", row.inf), ("extreme", row.extreme)):

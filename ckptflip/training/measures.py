@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+_PIECE = 1 << 22
+
 
 def accuracy(outputs: torch.Tensor, targets: torch.Tensor) -> float:
     """Share of samples whose largest output is the target's class.
@@ -33,11 +35,13 @@ def count_nev(model: torch.nn.Module, extreme: float = 1e10) -> dict[str, int]:
     for value in model.state_dict().values():
         if not isinstance(value, torch.Tensor) or not value.is_floating_point():
             continue
-        wide = value.double()
-        nan, inf = int(wide.isnan().sum()), int(wide.isinf().sum())
-        counts["nan"] += nan
-        counts["inf"] += inf
-        counts["extreme"] += int((wide.abs() > extreme).sum()) - inf
+        # Piece by piece: a copy of a whole embedding table in float64 would be its size twice over.
+        for piece in value.detach().reshape(-1).split(_PIECE):
+            wide = piece.double()
+            inf = int(wide.isinf().sum())
+            counts["nan"] += int(wide.isnan().sum())
+            counts["inf"] += inf
+            counts["extreme"] += int((wide.abs() > extreme).sum()) - inf
     return counts
 
 
