@@ -13,7 +13,7 @@ from msgspec.structs import replace
 
 from ckptflip import application, record_files
 from ckptflip.application import Destination, carry_out, check_distinct, record_of, restore
-from ckptflip.checkpoints import Changes, container, opened
+from ckptflip.checkpoints import Changes, Checkpoint, container, opened
 from ckptflip.checkpoints.files import Progress
 from ckptflip.checkpoints.target import CHECKSUM_MODES
 from ckptflip.errors import RecordError, UsageError
@@ -23,7 +23,7 @@ from ckptflip.faults.plan import draw
 from ckptflip.faults.policy import Policy, combine
 from ckptflip.faults.record import Record
 from ckptflip.faults.stream import check_seed
-from ckptflip.matching import neither, on_target, read_all, refusal
+from ckptflip.matching import as_recorded, neither, on_target, read_all, refusal
 
 if TYPE_CHECKING:
     from ckptflip.equivalence import Became, Rules
@@ -53,7 +53,10 @@ def inject(
     layers: str | Iterable[str] = (),
     roles: str | Iterable[str] = (),
     rows: str | None = None,
+    rows_weight: str | Path | None = None,
     slice: str | None = None,
+    rowwise: str | None = None,
+    fields: str | Iterable[str] = (),
     ranks: str | None = None,
     bits: str = "all",
     count: int | None = None,
@@ -79,8 +82,8 @@ def inject(
         in_place: alter the file itself; the record is on disk before the first byte changes.
         policy: a policy, several that act one after the other, or a TOML file of them; instead of the
             arguments from `tensors` to `forbid`, which are those of `ckptflip.faults.Policy`.
-        tensors, layers, roles, rows, slice, ranks, bits, count, fraction, ber, fault, design, forbid: see
-            `ckptflip.faults.Policy`; a single string stands for a list of one.
+        tensors, layers, roles, rows, rows_weight, slice, rowwise, fields, ranks, bits, count, fraction, ber,
+            fault, design, forbid: see `ckptflip.faults.Policy`; a single string stands for a list of one.
         seed: same seed, policy and checkpoint: same faults. Without one, one is drawn and recorded.
         record: name of the record; by default the output's name with ``.flips.jsonl`` added. A name ending
             in ``.h5`` stores columns, for millions of faults.
@@ -112,7 +115,10 @@ def inject(
         "layers": listed(layers),
         "roles": listed(roles),
         "rows": rows,
+        "rows_weight": None if rows_weight is None else str(rows_weight),
         "slice": slice,
+        "rowwise": rowwise,
+        "fields": listed(fields),
         "ranks": ranks,
         "bits": bits,
         "count": count,
@@ -125,7 +131,8 @@ def inject(
     several, seed = _policies(policy, options, seed)
     destination = application.destination(checkpoint, out, in_place, record, overwrite, dry_run)
     _check_checksum(checksum)
-    with opened(destination.source, exclusive=in_place and not dry_run) as target:
+    with opened(destination.source, exclusive=in_place and not dry_run) as stored:
+        target = _as_asked(stored, several)
         plan = draw(several, target.tensors, target.read, seed)
         made = record_of(target, plan, destination, checksum, seed=seed, policies=several)
         return made if dry_run else carry_out(target, plan, made, destination, checksum, progress)
@@ -178,8 +185,10 @@ def replay(
     if map is None and (source, dtypes, told) != (None, None, None):
         raise UsageError("source, dtypes and told belong to a map; give one, such as map='auto'")
     _check_checksum(mode)
-    with opened(destination.source, exclusive=in_place and not dry_run) as target:
+    with opened(destination.source, exclusive=in_place and not dry_run) as stored:
+        target = stored
         if map is None:
+            target = as_recorded(stored, original)
             plan = on_target(original, target)
         else:
             from ckptflip.equivalence.replaying import placed
@@ -219,7 +228,8 @@ def undo(
         raise RecordError(f"the record asks for checksums {original.header.checksum!r}: it is damaged")
     destination = Destination(Path(checkpoint), Path(out) if out else None, None, overwrite)
     check_distinct(destination)
-    with opened(destination.source, exclusive=out is None) as target:
+    with opened(destination.source, exclusive=out is None) as stored:
+        target = as_recorded(stored, original)
         plan = on_target(original, target)
         current = read_all(target, plan)
         pending = current != plan.before
@@ -239,6 +249,15 @@ def undo(
         matches = container.digest(paths, limit=None) == header.digest_before
     restored = int(np.count_nonzero(pending))
     return Undone(restored, int(np.count_nonzero(plan.before != plan.after)) - restored, matches)
+
+
+def _as_asked(target: Checkpoint, policies: Sequence[Policy]) -> Checkpoint:
+    """A checkpoint with the row-wise quantised tables that policies name as their fields."""
+    if all(p.rowwise is None for p in policies):
+        return target
+    from ckptflip.recsys.tables.views import as_asked
+
+    return as_asked(target, policies)
 
 
 def _policies(

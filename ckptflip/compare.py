@@ -88,6 +88,7 @@ def diff(
     b: str | Path,
     *,
     tensors: str | Iterable[str] = (),
+    rowwise: str | None = None,
     threshold: float = EXTREME,
     progress: Progress | None = None,
 ) -> list[TensorDiff]:
@@ -97,6 +98,8 @@ def diff(
         a: one checkpoint.
         b: the other; tensors are matched by name, aliases included.
         tensors: globs that limit the comparison to some tensors of `a` and `b`.
+        rowwise: these tensors are row-wise quantised tables in this layout, see `ckptflip.faults.Policy`:
+            their codes, scales and biases are compared.
         threshold: what counts as an extreme value.
         progress: told the bytes of `a` compared, step by step.
 
@@ -113,6 +116,8 @@ def diff(
     with ExitStack() as stack:
         first = stack.enter_context(opened(a))
         second = stack.enter_context(opened(b))
+        if rowwise is not None:
+            first, second = _as_tables(first, second, globs, rowwise)
         names = positions_by_name(second.tensors)
         wanted_a, wanted_b = _limited(first, globs, second), _limited(second, globs, first)
         rows: list[TensorDiff] = []
@@ -164,6 +169,21 @@ def scan(
 def _check_threshold(threshold: float) -> None:
     if not threshold > 0:
         raise UsageError(f"the threshold of extreme values must be above 0, not {threshold}")
+
+
+def _as_tables(
+    first: Checkpoint, second: Checkpoint, globs: tuple[str, ...], rowwise: str
+) -> tuple[Checkpoint, Checkpoint]:
+    """Both checkpoints with the selected tables as their fields."""
+    from ckptflip.faults.rowwise import parse
+    from ckptflip.recsys.tables.views import TableCheckpoint
+
+    layout = parse(rowwise)
+    tables = [
+        dict.fromkeys(_limited(one, globs, other), layout)
+        for one, other in ((first, second), (second, first))
+    ]
+    return TableCheckpoint(first, tables[0]), TableCheckpoint(second, tables[1])
 
 
 def _limited(target: Checkpoint, globs: tuple[str, ...], other: Checkpoint) -> set[int]:

@@ -11,6 +11,16 @@ from ckptflip.checkpoints.target import position_of, positions_by_name
 from ckptflip.errors import RecordError
 from ckptflip.faults.plan import Plan
 from ckptflip.faults.record import Record
+from ckptflip.faults.rowwise import layout_of
+
+
+def as_recorded(target: Checkpoint, record: Record) -> Checkpoint:
+    """A checkpoint as a record sees it: row-wise quantised tables as their fields, where it hits those."""
+    if not any(layout_of(entry.layout) for entry in record.header.tensors):
+        return target
+    from ckptflip.recsys.tables import views
+
+    return views.as_recorded(target, record.header.tensors)
 
 
 def on_target(record: Record, target: Checkpoint) -> Plan:
@@ -91,5 +101,6 @@ def in_effect(record: Record, target: Checkpoint) -> bool:
     Raises:
         RecordError: the record hits tensors that this checkpoint does not have.
     """
+    target = as_recorded(target, record)
     plan = on_target(record, target)
     return bool((read_all(target, plan) != plan.before).any())

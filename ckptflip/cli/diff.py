@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from ckptflip.cli.options import format_option, progress_bar, tensors_option
+from ckptflip.cli.options import format_option, progress_bar, rowwise_option, tensors_option
 
 COLUMNS = ("tensor", "status", "words", "bits", "max_abs", "relative_l2", "max_ulp", "nev_a", "nev_b", "note")
 
@@ -13,6 +13,7 @@ COLUMNS = ("tensor", "status", "words", "bits", "max_abs", "relative_l2", "max_u
 @click.argument("a")
 @click.argument("b")
 @tensors_option
+@rowwise_option
 @click.option("--all", "every", is_flag=True, help="List tensors that are the same, too.")
 @click.option(
     "--threshold", type=float, default=1e10, show_default="1e10", help="Above this, a value is extreme."
@@ -20,7 +21,14 @@ COLUMNS = ("tensor", "status", "words", "bits", "max_abs", "relative_l2", "max_u
 @format_option
 @click.pass_context
 def command(
-    ctx: click.Context, a: str, b: str, tensors: tuple[str, ...], every: bool, threshold: float, form: str
+    ctx: click.Context,
+    a: str,
+    b: str,
+    tensors: tuple[str, ...],
+    rowwise: str | None,
+    every: bool,
+    threshold: float,
+    form: str,
 ) -> None:
     """Compare two checkpoints A and B, tensor by tensor and bit by bit.
 
@@ -35,7 +43,7 @@ def command(
     from ckptflip.compare import diff, has_difference
 
     with progress_bar(a, "comparing") as progress:
-        rows = diff(a, b, tensors=tensors, threshold=threshold, progress=progress)
+        rows = diff(a, b, tensors=tensors, rowwise=rowwise, threshold=threshold, progress=progress)
     shown = [r for r in rows if every or r.status != "same"]
     emit([structs.asdict(r) for r in shown], COLUMNS, form)
     words, bits = sum(r.words for r in rows), sum(r.bits for r in rows)

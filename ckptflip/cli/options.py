@@ -61,6 +61,13 @@ tensors_option = _several(
     "a dot. !GLOB excludes.",
 )
 
+rowwise_option = click.option(
+    "--rowwise",
+    metavar="LAYOUT",
+    help="The tensors are row-wise quantised tables: int8, int4, int2 (ATen), or with -tbe (table-batched); "
+    ":D for the dimension of padded rows.",
+)
+
 format_option = click.option(
     "--format",
     "form",
@@ -83,8 +90,23 @@ tensor_options = _grouped(
 
 selection_options = _grouped(
     tensor_options,
-    click.option("--rows", metavar="SPEC", help="Rows of the first axis, such as 0-99,200 or 0:1000:10."),
+    click.option(
+        "--rows",
+        metavar="SPEC",
+        help="Rows of the first axis, such as 0-99,200 or 0:1000:10; hot:1% or cold:1000 are those read most "
+        "or least.",
+    ),
+    click.option(
+        "--rows-weight",
+        type=click.Path(),
+        metavar="FILE",
+        help="How often each row was read: .npy, or .npz with an array per table.",
+    ),
     click.option("--slice", metavar="SPEC", help="A slice per axis, such as 0:16,:,3; instead of --rows."),
+    rowwise_option,
+    _several(
+        "--fields", metavar="FIELD,…", help_text="Of such tables: code, scale, bias.  [default: all three]"
+    ),
     click.option(
         "--ranks",
         metavar="SPEC",

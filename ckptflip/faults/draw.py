@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -12,10 +14,11 @@ from numpy.typing import NDArray
 
 from ckptflip.bits import BitSpec, NumberFormat, classify
 from ckptflip.errors import GuardError, SelectionError
-from ckptflip.faults import elements, models, ranks, sampling
+from ckptflip.faults import elements, models, ranks, rowwise, sampling
 from ckptflip.faults.catalogue import Tensor, select
 from ckptflip.faults.plan import Plan, ReadWords, empty
 from ckptflip.faults.policy import Policy
+from ckptflip.faults.row_counts import RowCounts
 from ckptflip.faults.stream import Stream
 
 # A guard that rejects all but one draw in a hundred still ends well within this many rounds.
@@ -24,6 +27,7 @@ MOST_ROUNDS = 1000
 SEARCHED = 1 << 17
 # What a drawn fault takes at the peak, in columns and in what they are made from.
 BYTES_PER_FAULT = 100
+_FIRST = np.zeros(1, np.int64)
 
 
 class _Stratum(Struct, frozen=True, eq=False):
@@ -63,6 +67,10 @@ class Population:
         position: of this policy among those combined; part of the random key.
         seed: chooses among ranks, where the policy leaves that to chance.
 
+    Attributes:
+        units: how many there are.
+        lone: whether every draw is one flip, whatever the words hold: then `one` draws it without reading.
+
     Raises:
         SelectionError: there is nothing to hit.
     """
@@ -80,6 +88,9 @@ class Population:
         self._read = read
         self._position = position
         chosen = select(tensors, names=policy.tensors, layers=policy.layers, roles=policy.roles)
+        if policy.rowwise is not None or policy.fields:
+            chosen = rowwise.of_fields(chosen, tensors, policy.fields, policy.rowwise)
+        self._counts = None if policy.rows_weight is None else RowCounts(policy.rows_weight)
         self._ranks = None if policy.ranks is None else ranks.chosen(policy.ranks, tensors, seed, position)
         groups = _groups(chosen, tensors, policy.design)
         self._strata: list[_Stratum] = []
@@ -96,12 +107,17 @@ class Population:
             )
         if not self.units:
             raise SelectionError(_nothing_eligible(policy, [tensors[i] for i in chosen]))
-        self._starts = np.array([s.start for s in self._strata], np.int64)
+        self._starts_listed = [s.start for s in self._strata]
+        self._starts = np.array(self._starts_listed, np.int64)
+        single = policy.ber is None and policy.fraction is None and policy.count in (None, 1)
+        plain = self.model.kind == "flip" and not policy.forbid
+        self.lone = single and plain and (policy.design == "uniform" or len(self._ends) == 1)
 
     def _add(self, position: int, tensor: Tensor) -> None:
         eligible = BitSpec(self.policy.bits).mask(tensor.number)
         placements = self.model.placements(tensor.number, eligible)
-        chosen = elements.choose(tensor.shape, self.policy.rows, self.policy.slice)
+        extreme = None if self._counts is None else partial(self._counts.extreme, tensor)
+        chosen = elements.choose(tensor.shape, self.policy.rows, self.policy.slice, extreme)
         parts = np.array([part for part, _ in placements], np.int64)
         masks = np.array([mask for _, mask in placements], np.uint64)
         for each in [chosen] if self._ranks is None else ranks.within(chosen, tensor, self._ranks):
@@ -119,6 +135,8 @@ class Population:
         """
         policy = self.policy
         stream = Stream(seed, self._position)
+        if self.lone:
+            return self._alone(stream.one_below(self.units))
         if policy.ber is not None:
             _check_memory(policy.ber * self.units)
             units = sampling.bernoulli(stream, self.units, policy.ber)
@@ -129,6 +147,15 @@ class Population:
         if not guards and not separate:
             return self._resolve(units)[0]
         return self._guarded(stream, units, guards, separate)
+
+    def one(self, seed: int) -> tuple[int, int, int]:
+        """The flip that `draw` gives where a draw is a `lone` one.
+
+        Returns:
+            The tensor's position in the catalogue, the word, the bit as a mask.
+        """
+        stratum, word, placement = self._place(Stream(seed, self._position).one_below(self.units))
+        return stratum.tensor, word, int(stratum.masks[placement])
 
     def _amount(self) -> int:
         policy = self.policy
@@ -201,7 +228,7 @@ class Population:
         self, units: NDArray[np.int64]
     ) -> Iterator[tuple[_Stratum, slice, NDArray[np.int64], NDArray[np.uint64]]]:
         """For each tensor that ascending units lie in: which of them, their words and the bits they hit."""
-        cuts = np.searchsorted(units, [*self._starts.tolist(), self.units])
+        cuts = np.searchsorted(units, [*self._starts_listed, self.units])
         for stratum, low, high in zip(self._strata, cuts[:-1].tolist(), cuts[1:].tolist(), strict=True):
             if low < high:
                 rank, placement = np.divmod(units[low:high] - stratum.start, stratum.masks.size)
@@ -210,11 +237,13 @@ class Population:
 
     def _resolve(self, units: NDArray[np.int64]) -> tuple[Plan, NDArray[np.int64]]:
         """The plan of drawn units, and for each unit the row of the plan it became part of."""
+        if units.size == 1:
+            return self._alone(int(units[0])), np.zeros(1, np.int64)
         columns: list[_Columns] = []
         owner = np.empty(units.size, np.int64)
         rows = 0
         for stratum, here, words, masks in self._located(units):
-            firsts = np.flatnonzero(np.diff(words, prepend=-1))
+            firsts = np.concatenate([_FIRST, np.flatnonzero(words[1:] != words[:-1]) + 1])
             owner[here] = rows + np.repeat(np.arange(firsts.size), np.diff(firsts, append=words.size))
             hit = np.bitwise_or.reduceat(masks, firsts)
             words = words[firsts]
@@ -223,6 +252,24 @@ class Population:
             columns.append(_Columns(stratum.tensor, words, hit, before.astype(np.uint64), after))
             rows += words.size
         return self._assembled(columns, owner)
+
+    def _alone(self, unit: int) -> Plan:
+        """The plan of one unit: the same as for several, without what only several need."""
+        stratum, word, placement = self._place(unit)
+        words = np.array([word], np.int64)
+        hit = stratum.masks[placement : placement + 1]
+        before = self._read(stratum.tensor, words)
+        after = self.model.apply(before, hit, stratum.number)
+        tensor, policies = np.array([stratum.tensor], np.int32), np.array([1 << self._position], np.uint16)
+        return Plan(tensor, words, hit, before.astype(np.uint64), after, policies)
+
+    def _place(self, unit: int) -> tuple[_Stratum, int, int]:
+        """Where a unit lies: its stratum, the word, and which of the stratum's placements it is."""
+        stratum = self._strata[bisect_right(self._starts_listed, unit) - 1]
+        rank, placement = divmod(unit - stratum.start, stratum.masks.size)
+        if stratum.elements.axes is not None:
+            rank = int(stratum.elements.flat(np.array([rank]))[0])
+        return stratum, rank * stratum.number.parts + int(stratum.parts[placement]), placement
 
     def _assembled(
         self,

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from math import prod
 
 import numpy as np
 from msgspec import Struct
 from numpy.typing import NDArray
 
-from ckptflip.errors import UsageError
+from ckptflip.errors import SelectionError, UsageError
 
 Axis = range | NDArray[np.int64]
+# The rows read most or least: ("hot" or "cold", how many) → their numbers, ascending.
+Extreme = Callable[[str, int], NDArray[np.int64]]
+
+_BY_ACCESS = re.compile(r"(hot|cold):(\d{1,18}(?:\.\d{1,18})?|\.\d{1,18})(%?)")
 
 
 class Elements(Struct, frozen=True, eq=False):
@@ -49,17 +55,22 @@ class Elements(Struct, frozen=True, eq=False):
         return flat
 
 
-def choose(shape: tuple[int, ...], rows: str | None, slices: str | None) -> Elements:
+def choose(
+    shape: tuple[int, ...], rows: str | None, slices: str | None, extreme: Extreme | None = None
+) -> Elements:
     """The elements that `rows` or `slices` leave eligible in a tensor of this shape; possibly none.
 
     Args:
         shape: the tensor's shape.
-        rows: positions along the first axis: ``5``, ``10-20`` (both ends), ``0:100:2`` (as in Python), joined
-            by commas. Positions beyond the tensor are not there to be hit.
+        rows: positions along the first axis: ``5``, ``10-20`` (both ends), ``0:100:2`` (as in Python),
+            ``hot:1%`` or ``cold:1000`` (those read most or least), joined by commas. Positions beyond the
+            tensor are not there to be hit.
         slices: one Python slice or position per axis, such as ``0:16,:,3``; axes left out are whole.
+        extreme: finds the rows read most or least; needed for ``hot`` and ``cold`` alone.
 
     Raises:
         UsageError: a specification that cannot be read.
+        SelectionError: more rows by access than the tensor has.
 
     Example:
         >>> choose((8, 2), "0,6-9", None).size
@@ -68,7 +79,7 @@ def choose(shape: tuple[int, ...], rows: str | None, slices: str | None) -> Elem
     if rows is not None:
         if not shape:
             return Elements(shape, (range(0),))
-        return Elements(shape, (_rows(rows, shape[0]), *(range(n) for n in shape[1:])))
+        return Elements(shape, (_rows(rows, shape[0], extreme), *(range(n) for n in shape[1:])))
     if slices is not None:
         return _sliced(slices, shape)
     return Elements(shape)
@@ -79,18 +90,54 @@ def check(rows: str | None, slices: str | None) -> None:
     if rows is not None and slices is not None:
         raise UsageError("rows and slice were both given; a slice names rows too, so give one of them")
     if rows is not None:
-        _rows(rows, 1)
+        _rows(rows, 0)
     if slices is not None:
         _sliced(slices, (1,) * 64)
 
 
-def _rows(spec: str, length: int) -> Axis:
-    parts: list[range] = []
-    for term in spec.split(","):
-        parts.append(_positions(term.strip(), length, f"rows {spec!r}"))
+def by_access(rows: str | None) -> bool:
+    """Whether a specification of rows asks for those read most or least.
+
+    Example:
+        >>> by_access("0-9,hot:1%"), by_access("0-9")
+        (True, False)
+    """
+    return rows is not None and any(t.strip().startswith(("hot", "cold")) for t in rows.split(","))
+
+
+def _rows(spec: str, length: int, extreme: Extreme | None = None) -> Axis:
+    parts: list[Axis] = []
+    for term in (t.strip() for t in spec.split(",")):
+        if by_access(term):
+            parts.append(_accessed(term, length, extreme))
+        else:
+            parts.append(_positions(term, length, f"rows {spec!r}"))
     if len(parts) == 1:
         return parts[0]
-    return np.unique(np.concatenate([np.arange(p.start, p.stop, p.step, dtype=np.int64) for p in parts]))
+    return np.unique(
+        np.concatenate(
+            [np.arange(p.start, p.stop, p.step, dtype=np.int64) if isinstance(p, range) else p for p in parts]
+        )
+    )
+
+
+def _accessed(term: str, length: int, extreme: Extreme | None) -> NDArray[np.int64]:
+    """The rows of a term such as ``hot:1%``; none of a tensor without rows."""
+    match = _BY_ACCESS.fullmatch(term)
+    if match is None or (not match[3] and "." in match[2]):
+        raise UsageError(f"rows {term!r}: the rows read most or least are hot:1%, cold:50% or hot:1000")
+    kind, amount, share = match[1], float(match[2]), bool(match[3])
+    if not amount > 0 or (share and amount > 100):
+        most = " and at most 100 %" if share else ""
+        raise UsageError(f"rows {term!r}: how many must be above 0{most}")
+    if not length:
+        return np.empty(0, np.int64)
+    count = max(1, round(length * amount / 100)) if share else int(match[2])
+    if count > length:
+        raise SelectionError(f"rows {term!r}: there are only {length} rows")
+    if extreme is None:
+        raise UsageError(f"rows {term!r} needs access counts: name their file with rows_weight")
+    return extreme(kind, count)
 
 
 def _sliced(spec: str, shape: tuple[int, ...]) -> Elements:

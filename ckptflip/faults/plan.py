@@ -79,8 +79,11 @@ def runs(tensor: NDArray[np.int32]) -> Iterator[tuple[int, slice]]:
         >>> list(runs(np.array([2, 2, 5], np.int32)))
         [(2, slice(0, 2, None)), (5, slice(2, 3, None))]
     """
-    starts = np.flatnonzero(np.diff(tensor, prepend=-1))
-    for start, end in zip(starts.tolist(), np.append(starts, tensor.size)[1:].tolist(), strict=True):
+    size = tensor.size
+    if not size:
+        return
+    changes = (np.flatnonzero(tensor[1:] != tensor[:-1]) + 1).tolist() if tensor[0] != tensor[-1] else []
+    for start, end in zip([0, *changes], [*changes, size], strict=True):
         yield int(tensor[start]), slice(start, end)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from ckptflip.bits import BitSpec
 from ckptflip.bits.values import EXTREME
 from ckptflip.errors import UsageError
-from ckptflip.faults import elements, models, ranks
+from ckptflip.faults import elements, models, ranks, rowwise
 from ckptflip.faults.catalogue import expand_roles
 from ckptflip.faults.stream import check_seed
 
@@ -30,8 +30,13 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         tensors: globs on tensor names; ``!glob`` excludes.
         layers: globs on layer names, likewise.
         roles: roles or role groups.
-        rows: rows of each tensor's first axis, such as ``"0-99,200"``.
+        rows: rows of each tensor's first axis, such as ``"0-99,200"``, or ``"hot:1%"`` and ``"cold:1000"``,
+            those read most or least.
+        rows_weight: the file that says how often each row was read: npy, or npz with an array per table.
         slice: one slice per axis, such as ``"0:16,:,3"``; instead of `rows`.
+        rowwise: the selected tensors are row-wise quantised tables in this layout, such as ``"int8"``, see
+            `ckptflip.faults.rowwise.parse`; their codes, scales and biases are tensors of their own.
+        fields: of such tables: ``code``, ``scale``, ``bias``; all unless given.
         ranks: parts that these ranks of a distributed run wrote: ``"0,2-3"``, or ``"2 of 8"``, drawn.
         bits: which bits of an element, see `ckptflip.bits.BitSpec`.
         count: this many faults, distinct.
@@ -54,7 +59,10 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     layers: tuple[str, ...] = ()
     roles: tuple[str, ...] = ()
     rows: str | None = None
+    rows_weight: str | None = None
     slice: str | None = None
+    rowwise: str | None = None
+    fields: tuple[str, ...] = ()
     ranks: str | None = None
     bits: str = "all"
     count: int | None = None
@@ -69,6 +77,7 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         model = models.parse(self.fault)
         BitSpec(self.bits)
         elements.check(self.rows, self.slice)
+        self._check_tables()
         ranks.check(self.ranks)
         expand_roles(self.roles)
         self.guards()
@@ -101,6 +110,18 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
                 raise UsageError(f"{field.name} {value!r} is of the wrong kind: {why}") from None
             msgspec.structs.force_setattr(self, field.name, typed)
 
+    def _check_tables(self) -> None:
+        if elements.by_access(self.rows) != (self.rows_weight is not None):
+            if self.rows_weight is None:
+                raise UsageError(
+                    f"rows {self.rows!r} needs to know how often each row was read: name the file of access "
+                    "counts with rows_weight"
+                )
+            raise UsageError("rows_weight was given, and rows asks for no hot:1% or cold:1% of them")
+        if self.rowwise is not None:
+            rowwise.parse(self.rowwise)
+        rowwise.check_fields(self.fields)
+
     @property
     def amount(self) -> str:
         """How much, in words."""
@@ -114,7 +135,7 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     @property
     def selection(self) -> str:
         """Which tensors and elements, in words."""
-        names = ("tensors", "layers", "roles", "rows", "slice", "ranks")
+        names = ("tensors", "layers", "roles", "rowwise", "fields", "rows", "rows_weight", "slice", "ranks")
         given = {name: getattr(self, name) for name in names if getattr(self, name)}
         said = [f"{k} {v if isinstance(v, str) else ', '.join(v)}" for k, v in given.items()]
         return " and ".join(said) or "all tensors"
@@ -180,7 +201,7 @@ def load(path: str | Path) -> tuple[tuple[Policy, ...], int | None]:
 
 
 def _convert(table: Any, path: Path, position: int) -> Policy:
-    lists = ("tensors", "layers", "roles", "forbid")
+    lists = ("tensors", "layers", "roles", "fields", "forbid")
     if isinstance(table, dict):
         table = {k: [v] if k in lists and isinstance(v, str) else v for k, v in table.items()}
     if isinstance(table, dict) and "seed" in table:

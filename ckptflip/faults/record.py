@@ -107,7 +107,7 @@ class Header(msgspec.Struct, frozen=True, kw_only=True):
     digest_after: str | None = None
 
 
-class Record(Struct, frozen=True, eq=False):
+class Record(Struct, frozen=True, eq=False, weakref=True):
     """What was done: a header and the faults with their words before and after.
 
     Attributes:
@@ -161,7 +161,9 @@ def entries_of(plan: Plan, tensors: Sequence[Tensor]) -> tuple[tuple[TensorEntry
         )
         for t in (tensors[i] for i in hit)
     )
-    renumbered = np.searchsorted(np.array(hit, np.int32), plan.tensor).astype(np.int32)
+    renumbered = np.zeros(len(plan), np.int32)
+    if len(hit) > 1:
+        renumbered = np.searchsorted(np.array(hit, np.int32), plan.tensor).astype(np.int32)
     return entries, Plan(renumbered, plan.word, plan.hit, plan.before, plan.after, plan.policies)
 
 

@@ -37,6 +37,8 @@ def distinct(stream: Stream, end: int, n: int, taken: Positions | None = None) -
         # So many that rejection would crawl: draw those to leave out instead.
         free = np.setdiff1d(np.arange(end, dtype=np.int64), barred, assume_unique=True)
         return np.delete(free, distinct(stream, left, left - n))
+    if n == 1 and not barred.size:
+        return stream.below(end, 1)
     chosen = np.empty(0, np.int64)
     while chosen.size < n:
         drawn = stream.below(end, n - chosen.size)

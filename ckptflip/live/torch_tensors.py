@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import operator
 import warnings
 import weakref
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,8 @@ from ckptflip.faults.catalogue import Tensor
 from ckptflip.live import torch_words
 from ckptflip.live.torch_catalogue import Fetch, Found, catalogue, named, nested
 from ckptflip.torch_h5.names import member_name
+
+_DTYPE = operator.attrgetter("dtype")
 
 
 class TorchTarget:
@@ -63,6 +67,7 @@ class TorchTarget:
         self._tensors: Sequence[Tensor] = ()
         self._fetch: list[Fetch] = []
         self._slots: list[Fetch] = []
+        self._places: list[Any] = []
         self._seen: list[Any] = []
         self.skipped: Sequence[Skipped] = ()
 
@@ -79,8 +84,21 @@ class TorchTarget:
             found = self._found()
             self._tensors, self._fetch, self.skipped = catalogue(found)
             self._slots = [fetch for fetch in self._fetch if isinstance(fetch, weakref.ref)]
+            self._places = [_mark(fetch()) for fetch in self._fetch]
             self._seen = seen
         return self._tensors
+
+    def holds(self, catalogue: Sequence[Tensor], tensors: Iterable[int]) -> bool:
+        """Whether some tensors of a catalogue are where they were when it was given out; looks at no others.
+
+        Args:
+            catalogue: as `tensors` gave it.
+            tensors: positions in it.
+        """
+        if catalogue is not self._tensors:
+            return False
+        found = ((self._fetch[i](), self._places[i]) for i in tensors)
+        return all(tensor is not None and _mark(tensor) == place for tensor, place in found)
 
     def read(self, tensor: int, words: NDArray[np.int64]) -> NDArray[Any]:
         """Words of one tensor at ascending positions, unsigned; nothing else of the tensor is read."""
@@ -119,7 +137,7 @@ class TorchTarget:
 
     def _marks(self) -> list[Any]:
         """What tells whether the catalogue still holds."""
-        marks: list[Any] = [_mark(t) for t in self._shape.tensors()]
+        marks = _marks(self._shape.tensors())
         if self._optimizer is not None:
             marks += _slot_marks(self._optimizer.state)
         if self._gradients:
@@ -185,13 +203,21 @@ class _Structure:
             prefix = f"{name}." if name else ""
             for owner in (module._modules, module._parameters):
                 self._owned += [(owner, key, value, prefix + key) for key, value in owner.items()]
-            for owner in (module._modules, module._parameters):
                 self._sizes.append((owner, len(owner), name or type(module).__name__))
             self.parameters += [p for p in module._parameters.values() if p is not None]
             self._buffers.append(module._buffers)
+        self._filled = [owner for owner, size, _ in self._sizes if size]
+        self._empty = [owner for owner, size, _ in self._sizes if not size]
+        self._keys = [key for _, key, _, _ in self._owned]
+        self._values = [value for _, _, value, _ in self._owned]
 
     def check(self) -> None:
         """Raise LiveError when parameters or modules were added, removed or replaced."""
+        # Before every firing: what nearly always holds is found out without a loop in Python.
+        if not any(self._empty) and list(chain.from_iterable(self._filled)) == self._keys:
+            values = chain.from_iterable(map(dict.values, self._filled))
+            if all(map(operator.is_, values, self._values)):
+                return
         changed = [name for owner, key, value, name in self._owned if owner.get(key) is not value]
         changed += [name for owner, size, name in self._sizes if len(owner) != size]
         if changed:
@@ -200,13 +226,9 @@ class _Structure:
                 "replaced, added or removed since. Change the model first, then make a new target or injector"
             )
 
-    def tensors(self) -> Iterator[torch.Tensor]:
+    def tensors(self) -> list[torch.Tensor | None]:
         """Parameters and buffers as they are now; buffers may come and go, as caches do."""
-        yield from self.parameters
-        for owner in self._buffers:
-            for buffer in owner.values():
-                if buffer is not None:
-                    yield buffer
+        return [*self.parameters, *chain.from_iterable(map(dict.values, self._buffers))]
 
 
 def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
@@ -237,6 +259,14 @@ def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
 def inner_optimizer(optimizer: Any) -> Any:
     """The optimizer that has the state and takes the steps, inside what Accelerate puts around it."""
     return getattr(optimizer, "optimizer", optimizer)
+
+
+def _marks(tensors: list[torch.Tensor | None]) -> list[Any]:
+    """What tells whether tensors are still where they were."""
+    try:
+        return [*map(torch.Tensor.data_ptr, tensors), *map(_DTYPE, tensors)]
+    except (RuntimeError, ValueError, TypeError):
+        return [tensor if tensor is None else _mark(tensor) for tensor in tensors]
 
 
 def _mark(tensor: torch.Tensor) -> Any:

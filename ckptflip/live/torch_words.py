@@ -6,6 +6,7 @@ Nothing here is seen by autograd: like a fault in memory, a change leaves no tra
 from __future__ import annotations
 
 from collections.abc import Sequence
+from ctypes import c_uint8, c_uint16, c_uint32, c_uint64
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from ckptflip.bits import NumberFormat
 from ckptflip.checkpoints.torch_zip.dtypes import dtype_named
 
+_UNSIGNED: dict[int, Any] = {1: c_uint8, 2: c_uint16, 4: c_uint32, 8: c_uint64}
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -45,7 +47,7 @@ def number_of(tensor: torch.Tensor, *, foreseen: bool = False) -> NumberFormat:
     known = dtype_named(str(tensor.dtype).removeprefix("torch."))
     if known is None or known.packed:
         raise ValueError(f"of the dtype {tensor.dtype}, whose words cannot be told apart")
-    if not _is_apart(tensor.shape, tensor.stride()):
+    if not is_apart(tensor.shape, tensor.stride()):
         raise ValueError("expanded: several of its elements are one place in memory")
     return known.number
 
@@ -63,6 +65,8 @@ def read(tensor: torch.Tensor, number: NumberFormat, words: NDArray[np.int64]) -
         >>> [hex(word) for word in read(x.T, number_of(x), np.array([0, 2]))]
         ['0x3f800000', '0xc0000000']
     """
+    if words.size == 1 and _is_inside(tensor, number, int(words[0])):
+        return np.array([_there(tensor, number, int(words[0])).value], number.word_dtype)
     memory, at = _places(tensor, words)
     if memory.device.type == "cpu":
         found: NDArray[Any] = memory.numpy().view(number.word_dtype)[at]
@@ -86,6 +90,9 @@ def xor(
         >>> x
         tensor([ 1., -2.], requires_grad=True)
     """
+    if words.size == 1 and _is_inside(tensor, number, int(words[0])):
+        flip_one(tensor, number, int(words[0]), int(masks[0]))
+        return
     memory, at = _places(tensor, words)
     fitting = masks.astype(number.word_dtype)
     if memory.device.type == "cpu":
@@ -94,6 +101,44 @@ def xor(
     place = _on(memory, at)
     signed = f"i{number.word_size}" if number.word_size > 1 else "u1"
     memory[place] ^= torch.tensor(fitting.view(signed), device=memory.device)
+
+
+def is_row(tensor: torch.Tensor) -> bool:
+    """Whether the words of a tensor lie in C order, one behind the other, in memory of this process."""
+    return bool(tensor.device.type == "cpu" and tensor.is_contiguous())
+
+
+def flip_one(tensor: torch.Tensor, number: NumberFormat, word: int, mask: int) -> int:
+    """XOR a mask into one word, in place; the fastest way there is, in a plain row of words.
+
+    Args:
+        tensor, number: as for `read`; one that `is_row`.
+        word: its position, within the tensor.
+        mask: no wider than the word.
+
+    Returns:
+        The word as it was before.
+
+    Example:
+        >>> x = torch.tensor([1.0, 2.0])
+        >>> hex(flip_one(x, number_of(x), 1, 1 << 31)), x.tolist()
+        ('0x40000000', [1.0, -2.0])
+    """
+    there = _there(tensor, number, word)
+    before: int = there.value
+    there.value = before ^ mask
+    return before
+
+
+def _there(tensor: torch.Tensor, number: NumberFormat, word: int) -> Any:
+    """One word in a plain row of them, where it is."""
+    return _UNSIGNED[number.word_size].from_address(tensor.data_ptr() + number.word_size * word)
+
+
+def _is_inside(tensor: torch.Tensor, number: NumberFormat, word: int) -> bool:
+    """Whether a tensor is a plain row of words that has this one."""
+    fits = tensor.element_size() == number.word_size * number.parts
+    return fits and 0 <= word < tensor.numel() * number.parts and is_row(tensor)
 
 
 def address(tensor: torch.Tensor) -> tuple[int, int]:
@@ -152,7 +197,7 @@ def _span(shape: Sequence[int], stride: Sequence[int]) -> int:
     return 1 + sum((length - 1) * step for length, step in zip(shape, stride, strict=True))
 
 
-def _is_apart(shape: Sequence[int], stride: Sequence[int]) -> bool:
+def is_apart(shape: Sequence[int], stride: Sequence[int]) -> bool:
     """Whether every element has a place of its own: each axis steps over all that the shorter ones reach."""
     reached = 0
     for step, length in sorted((s, n) for s, n in zip(stride, shape, strict=True) if n != 1):

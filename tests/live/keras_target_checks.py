@@ -21,6 +21,7 @@ import numpy as np
 from keras import layers
 
 import ckptflip
+from ckptflip import live
 from ckptflip.bits import as_words, popcount
 from ckptflip.errors import LiveError, RecordError, UsageError
 from ckptflip.faults import Policy
@@ -241,6 +242,33 @@ def check_the_cost_follows_the_flips_not_the_model():
         inject(target, policy, seed=seed)
         times.append(time.perf_counter() - start)
     assert min(times) < 0.05, times
+
+
+def check_a_block_puts_faults_in_and_takes_them_out():
+    model = cnn()
+    before = words_of(model)
+    x = np.ones((2, 8, 8, 1), "float32")
+    clean = keras.ops.convert_to_numpy(model(x))
+    policy = Policy(tensors=("head/kernel",), bits="sign", fraction=0.5)
+    for leave in (None, ZeroDivisionError):
+        try:
+            with live.faults(model, policy, seed=1) as block:
+                during = words_of(model)
+                assert (keras.ops.convert_to_numpy(model(x)) != clean).any()
+                if leave is not None:
+                    raise leave
+        except ZeroDivisionError:
+            pass
+        assert sum(popcount(before[n] ^ during[n]) for n in before) == block.effective == 720
+        assert all((before[n] == now).all() for n, now in words_of(model).items())
+        assert (keras.ops.convert_to_numpy(model(x)) == clean).all()
+    for options in ({"activations": "head"}, {"every": 2}, {"gradients": True}):
+        try:
+            live.faults(model, Policy(), seed=1, **options)
+        except UsageError as error:
+            assert "of a Keras model the state alone" in str(error)
+        else:
+            raise AssertionError("not refused")
 
 
 def main() -> None:
