@@ -20,7 +20,9 @@ PAGES_WITH_EXAMPLES = [
 ]
 
 NEEDED = {
-    **dict.fromkeys(("README", "vision", "pytorch", "dcp", "propagation", "campaigns", "recsys", "live"), ("torch",)),
+    **dict.fromkeys(
+        ("README", "vision", "pytorch", "dcp", "propagation", "campaigns", "recsys", "live"), ("torch",)
+    ),
     **dict.fromkeys(("keras", "training"), ("keras", "torch")),
     "callbacks": ("torch", "sklearn", "keras", "lightning", "transformers", "accelerate", "skorch"),
     "zarr": ("zarr",),

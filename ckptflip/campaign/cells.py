@@ -85,7 +85,18 @@ def expand(campaign: Campaign) -> list[Planned]:
         if cell.key in seen:
             raise UsageError(f"policy: {cell.label!r} and {seen[cell.key].label!r} are the same cell")
         seen[cell.key] = cell
+    _check_names(cells)
     return cells
+
+
+def _check_names(cells: list[Planned]) -> None:
+    """Refuse two conditions of one name: no table could tell them apart."""
+    named: set[tuple[str, int, str]] = set()
+    for cell in cells:
+        name = cell.workload_label, cell.epoch, cell.label
+        if name in named:
+            raise UsageError(f"policy: two conditions are called {cell.label!r}: give each its own label")
+        named.add(name)
 
 
 def trial_seed(campaign: Campaign, cell: Planned, stratum: tuple[str, str] | None, number: int) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import re
 import shutil
 import time
@@ -14,6 +16,7 @@ from ckptflip.campaign import worker
 from ckptflip.campaign.task import CleanResult, CleanTask
 from ckptflip.campaign.trial import Rows
 from ckptflip.checkpoints.files import new_file
+from ckptflip.errors import WorkloadError
 from ckptflip.training import harness
 from ckptflip.training.workload import Workload
 
@@ -24,28 +27,38 @@ PROGRESS = "clean.msgpack"
 def run(task: CleanTask) -> CleanResult:
     """Train a clean run to its last epoch, from the last checkpoint in its folder that is of use.
 
+    What lies there complete is taken up only as it was left, and if a resume still repeats it here and now.
+
     Raises:
         CkptflipError: the recipe fails, or the folder cannot be written.
+        WorkloadError: a resume no longer repeats the run.
     """
     began = time.perf_counter()
     folder = Path(task.folder)
     folder.mkdir(parents=True, exist_ok=True)
     known = _known(folder)
-    if _complete(known, task, folder):
-        return known
     workload = worker.workload_of(task.workload, task.seed, task.keras_backend)
     suffix = harness.suffix_of(workload)
-    rows, digests = _begun(workload, task, folder, known)
+    if _complete(known, task):
+        if known.exact and not _is_exact(workload, task, folder, known, suffix):
+            raise WorkloadError(
+                f"a resume no longer repeats the run in {folder}: the workload's code, the libraries or the "
+                "machine are others than when it was trained. Begin a new store, or go back to those"
+            )
+        return known
+    rows, digests = _begun(workload, task, folder, known, suffix)
+    files = dict(known.files)
     for row in harness.follow(workload, task.until):
         # A resumed run measures its first state again: the row is there already.
         if row.epoch in rows.epochs:
             continue
         rows.append(row)
         digests += [workload.digest()] if hasattr(workload, "digest") else []
-        workload.save(folder / harness.checkpoint_name(row.epoch, suffix))
-        _keep(folder, _result(task, rows, digests, suffix))
-        _drop_superseded(folder, row.epoch, task, suffix)
-    result = _result(task, rows, digests, suffix)
+        name = harness.checkpoint_name(row.epoch, suffix)
+        files[name] = _saved(workload, folder / name)
+        _drop_superseded(folder, row.epoch, task, suffix, files)
+        _keep(folder, _result(task, rows, digests, files, suffix))
+    result = _result(task, rows, digests, files, suffix)
     result = msgspec.structs.replace(
         result, exact=_is_exact(workload, task, folder, result, suffix),
         seconds=time.perf_counter() - began, versions=harness.versions(), host=worker.host(),
@@ -54,23 +67,62 @@ def run(task: CleanTask) -> CleanResult:
     return result
 
 
+def digest_of(path: Path) -> str:
+    """A digest of a checkpoint's bytes: of a file, or of all files of a folder with their names.
+
+    Returns:
+        32 hexadecimal digits; empty where there is no such checkpoint.
+    """
+    if path.is_dir():
+        inside = sorted(one for one in path.rglob("*") if one.is_file())
+        parts = [f"{one.relative_to(path)}:{digest_of(one)}" for one in inside]
+        return hashlib.blake2b("\n".join(parts).encode(), digest_size=16).hexdigest()
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+    except OSError:
+        return ""
+
+
+def _saved(workload: Workload, path: Path) -> str:
+    """Save a checkpoint, under its name only when it is complete and on disk; its digest."""
+    draft = path.with_name(f"draft{path.suffix}")
+    if draft.is_dir():
+        shutil.rmtree(draft)
+    workload.save(draft)
+    for one in draft.rglob("*") if draft.is_dir() else [draft]:
+        if one.is_file():
+            with one.open("rb") as file:
+                os.fsync(file.fileno())
+    if path.is_dir():
+        shutil.rmtree(path)
+    draft.rename(path)
+    return digest_of(path)
+
+
 def _known(folder: Path) -> CleanResult:
+    """What was noted in the folder, less the checkpoints that are gone or no longer what they were."""
     try:
         found = tasks.decode_result((folder / PROGRESS).read_bytes())
     except (OSError, msgspec.MsgspecError):
         return CleanResult()
-    return found if isinstance(found, CleanResult) else CleanResult()
+    if not isinstance(found, CleanResult):
+        return CleanResult()
+    files = {name: digest for name, digest in found.files.items() if digest_of(folder / name) == digest}
+    return msgspec.structs.replace(found, files=files)
 
 
-def _complete(known: CleanResult, task: CleanTask, folder: Path) -> bool:
-    kept = all((folder / known.checkpoints.get(epoch, "-")).exists() for epoch in task.keep)
+def _complete(known: CleanResult, task: CleanTask) -> bool:
+    kept = all(known.checkpoints.get(epoch, "-") in known.files for epoch in task.keep)
     return bool(known.versions and known.epochs) and known.epochs[-1] >= task.until and kept
 
 
-def _begun(workload: Workload, task: CleanTask, folder: Path, known: CleanResult) -> tuple[Rows, list[str]]:
+def _begun(
+    workload: Workload, task: CleanTask, folder: Path, known: CleanResult, suffix: str
+) -> tuple[Rows, list[str]]:
     """Start, or take up the last checkpoint before which none is missing; the rows up to it are kept."""
-    names = {epoch: harness.checkpoint_name(epoch, harness.suffix_of(workload)) for epoch in known.epochs}
-    there = [epoch for epoch, name in names.items() if (folder / name).exists()]
+    names = {epoch: harness.checkpoint_name(epoch, suffix) for epoch in known.epochs}
+    there = [epoch for epoch, name in names.items() if name in known.files]
     missing = [epoch for epoch in task.keep if epoch not in there]
     usable = [epoch for epoch in there if epoch <= min([task.until, *missing])]
     rows = Rows()
@@ -85,12 +137,15 @@ def _begun(workload: Workload, task: CleanTask, folder: Path, known: CleanResult
     return rows, list(known.digests[:count])
 
 
-def _result(task: CleanTask, rows: Rows, digests: list[str], suffix: str) -> CleanResult:
+def _result(
+    task: CleanTask, rows: Rows, digests: list[str], files: dict[str, str], suffix: str
+) -> CleanResult:
     return CleanResult(
         epochs=tuple(rows.epochs),
         values=rows.columns(),
         digests=tuple(digests),
         checkpoints={epoch: harness.checkpoint_name(epoch, suffix) for epoch in task.keep},
+        files=dict(files),
     )
 
 
@@ -99,11 +154,12 @@ def _keep(folder: Path, result: CleanResult) -> None:
         draft.write_bytes(tasks.encode(result))
 
 
-def _drop_superseded(folder: Path, epoch: int, task: CleanTask, suffix: str) -> None:
+def _drop_superseded(folder: Path, epoch: int, task: CleanTask, suffix: str, files: dict[str, str]) -> None:
     """Remove checkpoints that only served to go on from; the last one stays for a longer run."""
     for path in folder.iterdir():
         match = re.fullmatch(rf"epoch_(\d+){re.escape(suffix)}", path.name)
         if match and int(match[1]) < epoch and int(match[1]) not in task.keep:
+            files.pop(path.name, None)
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
             else:

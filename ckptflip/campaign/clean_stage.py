@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from ckptflip.campaign.cells import workload_key
 from ckptflip.campaign.events import Happened
 from ckptflip.campaign.executors import Executor, Job
 from ckptflip.campaign.loading import label_of
+from ckptflip.campaign.outcomes import collapsed, nonfinite
 from ckptflip.campaign.spec import Campaign
 from ckptflip.campaign.store import Writer
 from ckptflip.campaign.task import CleanResult, CleanTask
@@ -86,6 +88,7 @@ def ready(
         )  # fmt: skip
         runs[label, task.seed] = _run(result, Path(task.folder))
         _check_metric(campaign, label, result)
+        _check_clean(campaign, label, result)
         told(Happened(what="clean", text=_said(label, task, result)))
     return runs
 
@@ -132,6 +135,27 @@ def _check_metric(campaign: Campaign, label: str, result: CleanResult) -> None:
         near = difflib.get_close_matches(name, whole, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"it gives {', '.join(whole)}"
         raise UsageError(f"metric.name: workload {label} gives no {name!r} at every epoch; {hint}")
+
+
+def _check_clean(campaign: Campaign, label: str, result: CleanResult) -> None:
+    """Refuse a clean run by which every trial would have collapsed."""
+    metric = campaign.metric
+    values = dict(zip(result.epochs, result.values[metric.name], strict=True))
+    for epoch in campaign.restart.epochs:
+        end = campaign.restart.end(epoch)
+        broken = [e for i, e in enumerate(result.epochs) if epoch <= e <= end and nonfinite(result.values, i)]
+        measured = values[end]
+        final = math.nan if measured is None else measured
+        if broken:
+            raise UsageError(
+                f"the clean run of {label} itself has weights or a loss that are NaN or infinite at epoch "
+                f"{broken[0]}: nothing can be compared with it"
+            )
+        if collapsed(final, final, metric):
+            raise UsageError(
+                f"metric: the clean run of {label} ends with {metric.name} {final:g}, which counts as "
+                f"collapsed (chance {metric.chance:g}, {metric.better} is better): correct better or chance"
+            )
 
 
 def _said(label: str, task: CleanTask, result: CleanResult) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ def load(path: str | Path) -> Campaign:
     try:
         if path.stat().st_size > _MOST:
             raise UsageError(f"campaign {path} is larger than 1 MiB: it is no spec")
-        data = tomllib.loads(path.read_text("utf-8"))
+        data = tomllib.loads(path.read_text("utf-8-sig"))
     except OSError as why:
         raise UsageError(f"campaign {path}: {why.strerror}") from None
     except (ValueError, RecursionError) as why:
@@ -65,6 +66,7 @@ def convert(data: Any) -> Campaign:
         >>> made.trials.most
         100
     """
+    _check_plain(data)
     try:
         campaign = msgspec.convert(data, Campaign)
     except msgspec.ValidationError as why:
@@ -85,6 +87,10 @@ def core(campaign: Campaign) -> dict[str, str]:
     parts = {key: value for key, value in plain.items() if key not in (*_FREE, *_EXTENDABLE)}
     parts["trials.paired"] = plain["trials"]["paired"]
     parts["trials.equivalent"] = plain["trials"]["equivalent"]
+    if campaign.trials.strata:
+        # Which stratum a trial is drawn from follows from the outcomes of the rounds before.
+        rule = campaign.trials.stop
+        parts["trials.stop"] = None if rule is None else [rule.batch, sorted(rule.outcomes)]
     return {key: _digest(value) for key, value in parts.items()}
 
 
@@ -114,6 +120,20 @@ def example() -> str:
 def _digest(value: Any) -> str:
     encoded = msgspec.json.encode(value, order="deterministic")
     return hashlib.blake2b(encoded, digest_size=8).hexdigest()
+
+
+def _check_plain(data: Any, place: str = "") -> None:
+    """Refuse what JSON cannot hold, and lists of nothing in a sweep, wherever they stand."""
+    if isinstance(data, float) and not math.isfinite(data):
+        raise UsageError(f"{place}: {data} is no number that can be used")
+    if isinstance(data, dict):
+        for key, value in data.items():
+            if place.endswith(".sweep") and value == []:
+                raise UsageError(f"{place}.{key} is an empty list: no value, no cell")
+            _check_plain(value, f"{place}.{key}" if place else str(key))
+    elif isinstance(data, list | tuple):
+        for i, value in enumerate(data):
+            _check_plain(value, f"{place}[{i}]")
 
 
 def _said(message: str) -> str:
@@ -178,6 +198,10 @@ def _check_workloads(campaign: Campaign) -> None:
     for i, workload in enumerate(campaign.workload):
         if workload.framework is not None:
             _one_of(f"workload[{i}].framework", workload.framework, _FRAMEWORKS)
+        try:
+            msgspec.msgpack.encode(workload.options)
+        except (OverflowError, TypeError, ValueError) as why:
+            raise UsageError(f"workload[{i}].options cannot be handed to a worker: {why}") from None
     _unique("the labels of the workloads", [label_of(w) for w in campaign.workload])
 
 

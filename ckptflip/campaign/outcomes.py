@@ -89,7 +89,7 @@ def judge(
         measured += [clean[epoch] for epoch in range(epochs[-1] + 1, until + 1)]
         final = clean_final
     recovered = _recovered(measured, [clean[epochs[0] + k] for k in range(len(measured))], metric)
-    if broken or _collapsed(final, clean_final, metric):
+    if broken or collapsed(final, clean_final, metric):
         return Judgement(
             outcome="collapsed", recovered=None, right_after=right_after, final=final, clean_final=clean_final
         )
@@ -114,8 +114,16 @@ def _recovered(measured: Sequence[float], clean: Sequence[float], metric: Metric
     return max((k + 1 for k, inside in enumerate(within) if not inside), default=0)
 
 
-def _collapsed(final: float, clean_final: float, metric: Metric) -> bool:
-    """No loss tells what a useless model has: there, only what is not finite has collapsed."""
+def collapsed(final: float, clean_final: float, metric: Metric) -> bool:
+    """Whether a final metric is that of a model that is of no use.
+
+    No loss tells what such a model has: where lower is better, only what is not finite has collapsed.
+
+    Args:
+        final: the trial's.
+        clean_final: the clean run's.
+        metric: which way is better, and chance.
+    """
     if metric.better == "lower":
         return not math.isfinite(final)
     return not final >= (clean_final + metric.chance) / 2

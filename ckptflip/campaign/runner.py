@@ -81,14 +81,15 @@ def run(
     _check_shard(shard, spec)
     store = Path(store)
     with writing(store) as writer:
-        _revise(writer, spec, extend, command)
-        writer.put_cells([_row(cell) for cell in cells])
+        _check_labels(writer, cells)
+        edited = _revise(writer, spec, extend, command)
+        writer.put_cells([_row(cell) for cell in cells], reopen=edited)
         if retry:
-            writer.drop_failed()
-        found, _ = _count(writer)
+            _drop_failed(writer, told)
+        found, _ = _count(writer, cells)
         if unfinished(spec, cells, writer, shard):
             _work(spec, cells, writer, store, shard, executor, workers, told or _silent)
-        total, failed = _count(writer)
+        total, failed = _count(writer, cells)
     summary = Summary(
         cells=len(cells), ran=total - found, found=found, failed=failed, seconds=time.perf_counter() - began
     )
@@ -114,7 +115,7 @@ def _work(
     same = name == spec.executor.name
     pool = start(
         name,
-        workers=workers or spec.executor.workers,
+        workers=workers if workers is not None else spec.executor.workers,
         folder=store.with_name(f"{store.name}.spool"),
         environment=environment_of(spec),
         options=dict(spec.executor.options) if same else {},
@@ -130,8 +131,8 @@ def _work(
         pool.close(cancel=not finished)
 
 
-def _revise(writer: Writer, spec: Campaign, extend: bool, command: str) -> None:
-    """Take note of a new or edited spec, or refuse it."""
+def _revise(writer: Writer, spec: Campaign, extend: bool, command: str) -> bool:
+    """Take note of a new or edited spec, or refuse it; whether it is edited."""
     revisions = writer.reader.revisions()
     mark = loading.fingerprint(spec)
     if revisions and revisions[-1].fingerprint != mark:
@@ -141,6 +142,35 @@ def _revise(writer: Writer, spec: Campaign, extend: bool, command: str) -> None:
             spec=loading.plain_of(spec), fingerprint=mark, command=command or " ".join(sys.argv),
             versions=versions(), machine=machine(),
         )  # fmt: skip
+        return bool(revisions)
+    return False
+
+
+def _check_labels(writer: Writer, cells: Sequence[Planned]) -> None:
+    """Refuse another label for a workload that has cells: its clean runs and trials go by the old one."""
+    known = {cell.key: cell.workload for cell in writer.reader.cells(current=False)}
+    for cell in cells:
+        label = known.get(cell.key, cell.workload_label)
+        if label != cell.workload_label:
+            raise UsageError(
+                f"workload {cell.workload_label!r} is called {label!r} in {writer.path}: keep its label, or "
+                "name another store"
+            )
+
+
+def _drop_failed(writer: Writer, told: Told | None) -> None:
+    """Make room for failed trials to be tried again, where that changes nothing else."""
+    drawn = {stratum.cell for stratum in writer.reader.strata()}
+    cells = writer.reader.cells()
+    writer.drop_failed([cell.key for cell in cells if cell.id not in drawn])
+    if drawn and told is not None:
+        told(
+            Happened(
+                what="note",
+                text="trials that are drawn by stratum are not tried again: their outcomes decided where "
+                "later ones were drawn",
+            )
+        )
 
 
 def _check_edited(old: Campaign, new: Campaign, extend: bool, store: Path) -> None:
@@ -175,9 +205,10 @@ def _row(cell: Planned) -> Cell:
     )  # fmt: skip
 
 
-def _count(writer: Writer) -> tuple[int, int]:
-    """Finished trials, and how many of them failed."""
-    outcomes = [outcome for numbers in finished_trials(writer).values() for outcome in numbers.values()]
+def _count(writer: Writer, cells: Sequence[Planned]) -> tuple[int, int]:
+    """Finished trials of the spec's cells, and how many of them failed."""
+    finished = finished_trials(writer)
+    outcomes = [outcome for cell in cells for outcome in finished[cell.key].values()]
     return len(outcomes), outcomes.count("")
 
 

@@ -19,8 +19,8 @@ AXES = ("workload", "epoch")
 STRATA = ("layer", "field")
 
 _Epoch = Annotated[int, Meta(ge=0, le=1_000_000)]
-_Positive = Annotated[int, Meta(ge=1, le=1 << 40)]
-_Share = Annotated[float, Meta(gt=0, lt=1)]
+_Positive = Annotated[int, Meta(ge=1, le=10_000_000)]
+_Share = Annotated[float, Meta(ge=0.5, le=0.99999)]
 # Lists of names may be given as one name.
 _LISTS = ("tensors", "layers", "roles", "forbid")
 
@@ -51,7 +51,7 @@ class Restart(_Strict, frozen=True):
     """
 
     epochs: tuple[_Epoch, ...]
-    until: _Positive | None = None
+    until: Annotated[int, Meta(ge=1, le=1_000_000)] | None = None
     horizon: _Epoch | None = None
 
     def end(self, epoch: int) -> int:
@@ -232,9 +232,9 @@ class Campaign(_Strict, frozen=True):
     executor: ExecutorSpec = ExecutorSpec()
 
 
-_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)?")
+_DURATION = re.compile(r"(\d{1,12}(?:\.\d{1,12})?)\s*(ms|s|m|h|d)?")
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
+_SIZE = re.compile(r"(\d{1,12}(?:\.\d{1,12})?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
 _POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
 

@@ -125,6 +125,7 @@ class CleanResult(msgspec.Struct, frozen=True, kw_only=True, tag="clean"):
         values: the rows' values by metric; None where one was not measured.
         digests: of the whole state after each row's epoch; empty where the workload gives none.
         checkpoints: file names in the task's folder of the checkpoints that were kept, by epoch.
+        files: digests of the checkpoints in the folder, by file name.
         exact: whether a resume from the first kept checkpoint repeated the next epoch bit for bit; None
             where that was not tried.
         seconds: wall time.
@@ -138,6 +139,7 @@ class CleanResult(msgspec.Struct, frozen=True, kw_only=True, tag="clean"):
     values: dict[str, tuple[float | None, ...]] = {}
     digests: tuple[str, ...] = ()
     checkpoints: dict[int, str] = {}
+    files: dict[str, str] = {}
     exact: bool | None = None
     seconds: float = 0.0
     versions: dict[str, str] = {}

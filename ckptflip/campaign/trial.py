@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import glob
+import os
+import platform
 import shutil
 import tempfile
 import time
+from functools import cache
 from pathlib import Path
 
 import msgspec
@@ -14,6 +18,7 @@ from ckptflip.campaign.outcomes import nonfinite
 from ckptflip.campaign.task import Flips, Spread, TrialResult, TrialTask
 from ckptflip.errors import WorkloadError
 from ckptflip.faults.record import Record
+from ckptflip.propagation import propagation
 from ckptflip.training import harness
 from ckptflip.training.track import Row
 from ckptflip.training.workload import Workload
@@ -21,6 +26,23 @@ from ckptflip.training.workload import Workload
 _COLUMNS = {"tensor": "<i4", "word": "<i8", "hit": "<u8", "before": "<u8", "after": "<u8"}
 # Not a result: it differs from run to run.
 _TIMES = ("epoch", "seconds", "extra")
+
+
+# Where a trial's altered checkpoint lies: by machine and process, so that a dead one's is known.
+_PREFIX = f"ckptflip-trial-{platform.node()}-"
+
+
+@cache
+def _sweep() -> None:
+    """Remove what processes of this machine left that were killed amid a trial."""
+    for path in Path(tempfile.gettempdir()).glob(f"{glob.escape(_PREFIX)}*-*"):
+        owner = path.name.removeprefix(_PREFIX).partition("-")[0]
+        try:
+            os.kill(int(owner), 0)
+        except ProcessLookupError:
+            shutil.rmtree(path, ignore_errors=True)
+        except (OSError, ValueError, OverflowError):
+            continue
 
 
 class Rows:
@@ -58,7 +80,8 @@ def run(task: TrialTask) -> TrialResult:
     """
     began = time.perf_counter()
     workload = worker.workload_of(task.workload, _seed_of_run(task), task.keras_backend)
-    folder = Path(tempfile.mkdtemp(prefix="ckptflip-trial-"))
+    _sweep()
+    folder = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-"))
     try:
         altered, record = _altered(task, folder)
         injected = time.perf_counter()
@@ -126,16 +149,23 @@ def _followed(workload: Workload, task: TrialTask, folder: Path) -> tuple[Rows, 
             return rows, "collapsed", tuple(spread)
         looked = task.identical and row.epoch < task.until and row.epoch in task.clean
         if looked and _digest(workload) == task.clean[row.epoch]:
+            # From here on nothing differs, in any layer.
+            later = [epoch for epoch in task.propagation if epoch > row.epoch]
+            spread += [_unspread(task.propagation[epoch], epoch) for epoch in later]
             return rows, "identical", tuple(spread)
     return rows, "horizon", tuple(spread)
 
 
 def _spread(workload: Workload, epoch: int, task: TrialTask, folder: Path) -> Spread:
-    from ckptflip.propagation import propagation
-
     path = folder / f"spread{harness.suffix_of(workload)}"
     workload.save(path)
     layers = propagation(task.propagation[epoch], path)
+    return Spread(epoch=epoch, layers=tuple(msgspec.structs.asdict(layer) for layer in layers))
+
+
+def _unspread(clean: str, epoch: int) -> Spread:
+    """What is found where nothing differs: the clean checkpoint against itself."""
+    layers = propagation(clean, clean)
     return Spread(epoch=epoch, layers=tuple(msgspec.structs.asdict(layer) for layer in layers))
 
 

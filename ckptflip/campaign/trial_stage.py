@@ -15,7 +15,7 @@ from ckptflip.campaign.clean_stage import CleanRun, Runs
 from ckptflip.campaign.events import Happened, Told
 from ckptflip.campaign.executors import Executor, Job, Limits
 from ckptflip.campaign.outcomes import Judgement, judge
-from ckptflip.campaign.scheduling import Due, due
+from ckptflip.campaign.scheduling import Due, due, rounds_of
 from ckptflip.campaign.shards import Shard
 from ckptflip.campaign.spec import Campaign
 from ckptflip.campaign.store import Writer
@@ -23,7 +23,7 @@ from ckptflip.campaign.store.rows import NewTrial, Stratum
 from ckptflip.campaign.strata import CellStratum, strata_of
 from ckptflip.campaign.task import TrialResult, TrialTask
 from ckptflip.checkpoints import opened
-from ckptflip.errors import CkptflipError, UsageError
+from ckptflip.errors import CampaignError, CkptflipError, UsageError
 
 Finished = dict[str, dict[int, str]]
 Strata = dict[str, list[CellStratum]]
@@ -104,7 +104,22 @@ def checked(campaign: Campaign, cells: Sequence[Planned], runs: Runs, writer: Wr
         ]
         if rows:
             writer.put_strata(cell.key, rows)
+            _check_drawn(campaign, cell, strata[cell.key], writer)
     return strata
+
+
+def _check_drawn(campaign: Campaign, cell: Planned, strata: Sequence[CellStratum], writer: Writer) -> None:
+    """Refuse a store whose trials were drawn from other strata than their outcomes say."""
+    named = [(stratum.layer, stratum.field) for stratum in strata]
+    stored = writer.finished().get(cell.key, {})
+    outcomes = finished_trials(writer)[cell.key]
+    drawn = rounds_of(campaign, cell, outcomes, [stratum.weight for stratum in strata]).drawn
+    for stratum, numbers in stored.items():
+        if any(n >= len(drawn) or named[drawn[n]] != stratum for n in numbers):
+            raise CampaignError(
+                f"{writer.path}: the trials of {cell.label!r} were drawn from other strata than this spec "
+                "draws them from; begin a new store"
+            )
 
 
 def _try(campaign: Campaign, cell: Planned, runs: Runs, seed: int) -> None:
@@ -164,8 +179,8 @@ class Stage:
         self._queue: deque[_Ticket] = deque()
         self._tickets: dict[str, _Ticket] = {}
         self._outstanding = dict.fromkeys(self._open, 0)
-        self._done = sum(len(numbers) for numbers in self._finished.values())
-        self._failed = sum(not outcome for numbers in self._finished.values() for outcome in numbers.values())
+        outcomes = [outcome for key in self._open for outcome in self._finished[key].values()]
+        self._done, self._failed = len(outcomes), outcomes.count("")
         self._other_versions = False
 
     def work(self) -> None:
@@ -243,6 +258,7 @@ class Stage:
 
     def _take(self, ended: Ended) -> None:
         ticket = self._tickets.pop(ended.key)
+        ended = _judgeable(ended, self._campaign)
         trial = self._failure(ticket, ended)
         if isinstance(ended.result, TrialResult) and ended.state == "done":
             trial = _success(trial, ended.result, self._run(ticket), self._campaign)
@@ -292,6 +308,18 @@ def _missing(
         for number, at in asked.trials
         if number not in finished and shard.holds(cell.position, number)
     ]
+
+
+def _judgeable(ended: Ended, campaign: Campaign) -> Ended:
+    """The end of a trial; one without the campaign's metric at every epoch has crashed."""
+    result, name = ended.result, campaign.metric.name
+    if not isinstance(result, TrialResult) or ended.state != "done":
+        return ended
+    if result.epochs and None not in result.values.get(name, (None,)):
+        return ended
+    message = f"the altered workload gave no {name!r} at some epoch"
+    attempt = msgspec.structs.replace(ended.attempt, state="crashed", message=message)
+    return msgspec.structs.replace(ended, state="crashed", message=message, attempt=attempt)
 
 
 def _success(trial: NewTrial, result: TrialResult, run: CleanRun, campaign: Campaign) -> NewTrial:

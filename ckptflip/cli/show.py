@@ -78,7 +78,7 @@ def said(
     elif record.path and source is not None:
         done = f"{source} was altered in place" if output is None else f"{source} → {output}"
         say(f"{done}, record {record.path}")
-    elif record.path:
+    elif record.path and header.checkpoint:  # a running model has no name
         say(f"{header.checkpoint} → {header.output}, checksums: {header.checksum}")
 
 

@@ -65,6 +65,8 @@ class Toy:
         for value in self.state.values():
             found["nan"] += float(np.isnan(value).sum())
             found["inf"] += float(np.isinf(value).sum())
+        if "mute" in self.wishes and np.signbit(self.state["unused/weight"]).any():
+            return {"loss": loss, **found}
         return {"accuracy": float((p.argmax(1) == self.y).mean()), "loss": loss, **found}
 
     def save(self, path: Path) -> None:
@@ -114,7 +116,7 @@ def make(**wishes: Any) -> Toy:
     Args:
         wishes: `slow` (seconds per epoch), `renewed` (from this epoch on the unused weights are written
             over), `fail_clean` (raise in this epoch); and, once a sign of the unused weights is flipped:
-            `crash` (a signal's name), `hang`, `raise`, `eat` (memory).
+            `crash` (a signal's name), `hang`, `raise`, `eat` (memory), `mute` (no accuracy).
     """
     return Toy(**wishes)
 

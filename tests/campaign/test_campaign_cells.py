@@ -105,6 +105,11 @@ def test_names_of_folders_hold_no_path() -> None:
     [
         ({"policy": [{"count": 1, "sweep": {"count": [1, 2]}}]}, "count is given and swept"),
         ({"policy": [{"count": 3}, {"count": 3}]}, "are the same cell"),
+        (
+            {"policy": [{"count": 3, "label": "x"}, {"count": 4, "label": "x"}]},
+            "two conditions are called 'x'",
+        ),
+        ({"policy": [{"count": 3, "label": CONTROL}]}, "two conditions are called 'restart without change'"),
         ({"policy": [{"bits": "expnent"}]}, "policy[0]: bits 'expnent'"),
         (
             {"policy": [{"count": 5}], "trials": {"per_cell": 2, "strata": ["field"]}},

@@ -111,8 +111,9 @@ def test_the_number_of_workers_changes_no_value(tmp_path: Path, undisturbed: Any
     assert values(tmp_path / "runs.db") == undisturbed
 
 
-def test_killed_ten_times_it_ends_with_the_same_values(tmp_path: Path, undisturbed: Any) -> None:
-    spec, store = written(tmp_path, options="slow = 0.06"), tmp_path / "runs.db"
+def test_killed_ten_times_it_ends_with_the_same_values(tmp_path: Path) -> None:
+    spec, store = written(tmp_path, options="slow = 0.06", trials="per_cell = 9"), tmp_path / "runs.db"
+    run(spec, tmp_path / "undisturbed.db")
     counts, environment = [0], _environment()
     for kill in range(10):
         process = subprocess.Popen(
@@ -132,7 +133,7 @@ def test_killed_ten_times_it_ends_with_the_same_values(tmp_path: Path, undisturb
         counts.append(_finished(store))
     run(spec, store)
     assert counts == sorted(counts)  # nothing was lost on the way
-    assert values(store) == undisturbed
+    assert values(store) == values(tmp_path / "undisturbed.db")
     with reading(store) as reader:
         done = [a.task for a in reader.attempts() if a.state == "done" and a.task.startswith("trial/")]
     assert len(done) == len(set(done))  # and nothing was done twice
@@ -228,6 +229,50 @@ def test_an_edited_spec_is_noticed(tmp_path: Path) -> None:
     assert "seed differ" in run(spec, store, "--extend", expect=2).stderr
 
 
+def test_a_stricter_rule_opens_stopped_cells(tmp_path: Path) -> None:
+    store = tmp_path / "runs.db"
+    sizes = []
+    for trials in (
+        "stop = { half_width = 0.3, batch = 5 }",
+        "stop = { half_width = 0.2, batch = 5 }",
+        "per_cell = 30",
+    ):
+        spec = written(tmp_path, trials=trials, tensors="!unused*")
+        run(spec, store, "--extend")
+        sizes.append(len(values(store)["trials"]))
+        run(spec, tmp_path / f"{len(sizes)}.db")
+    assert sizes[0] < sizes[1] < sizes[2]
+    # What was added is what a fresh store has; cells that the rule took further keep what they have.
+    assert set(values(tmp_path / "3.db")["trials"]) < set(values(store)["trials"])
+
+
+def test_a_label_stays(tmp_path: Path) -> None:
+    spec, store = written(tmp_path, trials="per_cell = 1"), tmp_path / "runs.db"
+    run(spec, store)
+    spec.write_text(spec.read_text().replace('label = "toy"', 'label = "other"'))
+    assert "is called 'toy' in" in run(spec, store, "--extend", expect=2).stderr
+
+
+def test_failed_trials_of_a_removed_policy_are_no_longer_counted(tmp_path: Path) -> None:
+    spec, store = written(tmp_path, options="raise = true", tensors="unused*"), tmp_path / "runs.db"
+    text = spec.read_text().replace('["all", "critical"], count = [1, 5]', '["sign", "mantissa"]')
+    spec.write_text(text)
+    run(spec, store, expect=4)
+    spec.write_text(text.replace('["sign", "mantissa"]', '["mantissa"]'))
+    run(spec, store, "--extend")
+
+
+def test_a_trial_without_the_metric_fails_alone(tmp_path: Path) -> None:
+    spec = written(tmp_path, options="mute = true", tensors="unused*", trials="per_cell = 1")
+    text = spec.read_text().replace('["all", "critical"], count = [1, 5]', '["sign", "mantissa"]')
+    spec.write_text(text.replace("epochs = [3, 4]", "epochs = [3]"))
+    assert "1 of 3 trials failed" in run(spec, tmp_path / "runs.db", expect=4).stderr
+    with reading(tmp_path / "runs.db") as reader:
+        assert {m for m in reader.trials().message if m} == {
+            "the altered workload gave no 'accuracy' at some epoch"
+        }
+
+
 def test_stop_rules_end_cells_alike_with_any_workers(tmp_path: Path) -> None:
     trials = "stop = { half_width = 0.25, at_least = 5, batch = 5, at_most = 60 }"
     spec = written(tmp_path, trials=trials, tensors="!unused*")
@@ -308,6 +353,7 @@ def test_a_failing_trial_fails_alone(
         (("campaign_toy:make", "campaign_toy:broken"), 1, "no such data"),
         (("options = {  }", "options = { fail_clean = 7 }"), 1, "training epoch 7 failed"),
         (("[executor]", '[metric]\nname = "acuracy"\n[executor]'), 2, "did you mean 'accuracy'?"),
+        (("[executor]", "[metric]\nchance = 1.0\n[executor]"), 2, "counts as collapsed"),
         (("workers = 2", 'name = "lokal"'), 2, "there is no executor 'lokal'"),
     ],
 )

@@ -78,6 +78,15 @@ CASES: list[tuple[tuple[Any, ...], Any, str]] = [
     (("trials", "equivalent"), "pytorch", "trials.equivalent is 'pytorch'; did you mean 'PyTorch'?"),
     (("measure",), {"propagation": [11]}, "measure.propagation: 11 epochs after epoch 5 lie beyond the end"),
     (("policy",), "all", "policy: Expected `array`, got `str`"),
+    (("metric", "chance"), float("nan"), "metric.chance: nan is no number that can be used"),
+    (("metric", "tolerance"), float("inf"), "metric.tolerance: inf is no number"),
+    (("workload", 0, "options"), {"d": float("inf")}, "workload[0].options.d: inf is no number"),
+    (("workload", 0, "options"), {"d": 10**30}, "workload[0].options cannot be handed to a worker"),
+    (("policy", 0, "sweep"), {"bits": []}, "policy[0].sweep.bits is an empty list"),
+    (("trials", "per_cell"), 1 << 40, "trials.per_cell: Expected `int` <= 10000000"),
+    (("restart", "until"), 1 << 40, "restart.until: Expected `int` <= 1000000"),
+    (("executor", "memory_limit"), "9" * 400 + "T", "is no size"),
+    (("trials",), {"stop": {"half_width": 0.1, "confidence": 0.9999999999999999}}, "trials.stop.confidence"),
     (("name",), "", "name: Expected `str` of length >= 1"),
 ]
 
@@ -87,7 +96,7 @@ def test_an_error_names_the_place_and_the_nearest(place: tuple[Any, ...], value:
     data = spec()
     table: Any = data
     for part in place[:-1]:
-        table = table[part]
+        table = table.setdefault(part, {}) if isinstance(table, dict) else table[part]
     table[place[-1]] = value
     with pytest.raises(UsageError) as raised:
         loading.convert(data)
@@ -129,6 +138,19 @@ def test_what_an_extension_may_change() -> None:
     for change in ({"seed": 4}, {"clean": {"seeds": [0]}}, {"metric": {"tolerance": 0.5}}):
         edited = {**copy.deepcopy(spec()), **change}
         assert loading.core(loading.convert(edited)) != base
+
+
+def test_strata_hold_what_their_draws_depend_on() -> None:
+    cores = []
+    for rule in ({"half_width": 0.1}, {"half_width": 0.2}, {"half_width": 0.1, "batch": 30}):
+        data = spec() | {"trials": {"strata": ["field"], "stop": rule}, "policy": [{"roles": "model"}]}
+        cores.append(loading.core(loading.convert(data)))
+    assert cores[0] == cores[1] != cores[2]
+
+
+def test_a_byte_order_mark_is_no_part_of_a_spec(tmp_path: Path) -> None:
+    (tmp_path / "x.toml").write_bytes(b"\xef\xbb\xbf" + SPEC.encode())
+    assert loading.load(tmp_path / "x.toml").name == "rates"
 
 
 def test_the_schema_in_the_repository_is_current() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,40 @@ def test_a_clean_run_keeps_what_is_asked_for(tmp_path: Path) -> None:
     assert (run.state, run.exact, run.epochs) == ("done", True, tuple(range(UNTIL + 1)))
     there = sorted(path.name for path in (tmp_path / "seed_4").glob("*.h5"))
     assert there == ["epoch_003.h5", "epoch_004.h5", "epoch_009.h5"]
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "empty"])
+@pytest.mark.parametrize("name", ["epoch_003.h5", "epoch_009.h5"])
+def test_a_checkpoint_that_changed_is_trained_again(tmp_path: Path, name: str, damage: str) -> None:
+    run = clean(tmp_path)
+    path = tmp_path / "seed_4" / name
+    before = path.read_bytes()
+    if damage == "flip":
+        ckptflip.inject(path, in_place=True, bits="mantissa", count=3, seed=1)
+    else:
+        path.write_bytes(before[:1000] if damage == "cut" else b"")
+    again = clean(tmp_path)
+    assert (again.values, again.digests) == (run.values, run.digests)
+    assert path.read_bytes() == before
+
+
+def test_another_code_of_a_workload_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import campaign_toy
+
+    assert clean(tmp_path).state == "done"
+    data = campaign_toy._data()
+    monkeypatch.setattr(campaign_toy, "_data", lambda: (data[0] * 2, data[1]))
+    worker._kept.clear()
+    again = clean(tmp_path)
+    assert again.state == "crashed" and "a resume no longer repeats the run" in again.message
+    worker._kept.clear()
+
+
+def test_a_save_that_was_cut_short_is_no_checkpoint(tmp_path: Path) -> None:
+    clean(tmp_path)
+    (tmp_path / "seed_4" / "draft.h5").write_bytes(b"half")
+    (tmp_path / "seed_4" / "epoch_009.h5").unlink()
+    assert clean(tmp_path).exact is True
 
 
 @pytest.mark.parametrize("missing", ["epoch_003.h5", "epoch_004.h5", "epoch_009.h5", "clean.msgpack"])
@@ -151,6 +186,38 @@ def test_propagation_is_measured_where_it_is_asked(tmp_path: Path) -> None:
     assert [spread.epoch for spread in made.spread] == [EPOCH + 1]
     changed = {layer["layer"]: layer["changed"] for layer in made.spread[0].layers}
     assert changed["first"] > 0 and changed["unused"] == 0
+
+
+def test_an_identical_trial_has_spread_nowhere(tmp_path: Path) -> None:
+    options = {"renewed": EPOCH + 1}
+    run = clean(tmp_path, **options)
+    last = str(tmp_path / "seed_4" / run.checkpoints[UNTIL])
+    policy = Policy(tensors=("unused/weight",), bits="mantissa", count=3)
+    short, full = (
+        trial(tmp_path, run, policy, 0, identical=wanted, options=options, propagation={UNTIL: last})
+        for wanted in (True, False)
+    )
+    assert short.ended == "identical" and short.spread == full.spread
+    assert [layer["changed"] for layer in short.spread[0].layers] == [0, 0, 0]
+
+
+def test_what_killed_trials_left_is_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import subprocess
+    import sys
+    import tempfile
+
+    from ckptflip.campaign import trial as trials
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    dead = tmp_path / f"{trials._PREFIX}{ended.pid}-abc"
+    other = tmp_path / f"ckptflip-trial-elsewhere.example-{ended.pid}-abc"
+    alive = tmp_path / f"{trials._PREFIX}{os.getpid()}-abc"
+    for folder in (dead, other, alive):
+        folder.mkdir()
+    trials._sweep.__wrapped__()
+    assert [folder.exists() for folder in (dead, other, alive)] == [False, True, True]
 
 
 def test_too_many_flips_are_counted_alone(tmp_path: Path) -> None:

@@ -89,11 +89,15 @@ class Writer:
             )
         return int(cursor.lastrowid or 0)
 
-    def put_cells(self, cells: Sequence[Cell]) -> None:
+    def put_cells(self, cells: Sequence[Cell], *, reopen: bool = False) -> None:
         """Make these the campaign's cells: new ones are added, known ones edited, all others set aside.
 
         A cell that is known by its key keeps its trials. Where more are wanted than before, it is no longer
         stopped.
+
+        Args:
+            cells: all cells of the spec.
+            reopen: none is stopped any longer: another spec may want more of them.
         """
         edits = ", ".join(f"{name} = excluded.{name}" for name in _EDITED.split(", "))
         with self._transaction() as connection:
@@ -101,7 +105,8 @@ class Writer:
             connection.executemany(
                 "INSERT INTO cells (key, position, current, workload, epoch, until, label, policy, swept, "
                 "wanted, stopped) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (key) DO UPDATE SET "
-                f"stopped = CASE WHEN excluded.wanted > wanted THEN NULL ELSE stopped END, {edits}",
+                f"stopped = CASE WHEN excluded.wanted > wanted OR {int(reopen)} THEN NULL ELSE stopped END, "
+                f"{edits}",
                 [
                     (
                         cell.key, cell.position, cell.current, cell.workload, cell.epoch, cell.until,

@@ -114,17 +114,21 @@ def keep(drawn: Drawn, folder: Path) -> Shown:
 
 
 def _files(figure: Figure, path: Path) -> bytes:
-    """Write the three files and give back the SVG. `savefig` would draw each of them twice."""
+    """Write the three files and give back the SVG. `savefig` would draw each of them twice.
+
+    They are drawn in memory first: matplotlib does not survive a disk that is full.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.backends.backend_pdf import FigureCanvasPdf
     from matplotlib.backends.backend_svg import FigureCanvasSVG
 
-    FigureCanvasPdf(figure).print_pdf(f"{path}.pdf", metadata=style.UNDATED[".pdf"])
-    FigureCanvasAgg(figure).print_png(f"{path}.png")
-    held = io.BytesIO()
-    FigureCanvasSVG(figure).print_svg(held, metadata=style.UNDATED[".svg"])
-    Path(f"{path}.svg").write_bytes(held.getvalue())
-    return held.getvalue()
+    pdf, png, svg = io.BytesIO(), io.BytesIO(), io.BytesIO()
+    FigureCanvasPdf(figure).print_pdf(pdf, metadata=style.UNDATED[".pdf"])
+    FigureCanvasAgg(figure).print_png(png)
+    FigureCanvasSVG(figure).print_svg(svg, metadata=style.UNDATED[".svg"])
+    for suffix, drawn in (("pdf", pdf), ("png", png), ("svg", svg)):
+        Path(f"{path}.{suffix}").write_bytes(drawn.getvalue())
+    return svg.getvalue()
 
 
 def embedded(svg: bytes, stem: str, label: str) -> str:
