@@ -14,7 +14,7 @@ from ckptflip.errors import CkptflipError, WorkloadError
 from ckptflip.training.workload import Workload, find
 
 # Workloads with their data and, of Keras, their traced graphs.
-_MOST_KEPT = 6
+_MOST_KEPT = 16
 _kept: OrderedDict[tuple[bytes, int | None], Workload] = OrderedDict()
 
 
