@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ckptflip.errors import UsageError
 from ckptflip.recsys import measures, recipes
 from ckptflip.recsys.models.configurations import Configuration, Dummy, configuration
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     import torch
 
     from ckptflip.recsys.data.logs import ClickLog
+    from ckptflip.recsys.quantised_workload import ServedWorkload
     from ckptflip.training.pytorch import Data, TorchWorkload
 
 _EMBEDDING, _DROPOUT, _RATE, _DECAY, _BATCH = 16, 0.2, 1e-3, 1e-6, 4096
@@ -131,6 +133,35 @@ def dummy_dlrm(
     return golden.workload(name, chosen, samples, data_seed, device=device, threads=threads)
 
 
+def served(*, model: str = "dlrm", tables: str = "int8", trained: int = 3, **options: Any) -> ServedWorkload:
+    """A model that is trained for some epochs and then served, its tables stored in another form.
+
+    Args:
+        model: name of one of the workloads above.
+        tables: ``fp32``, ``fp16``, ``bf16``, or a row-wise layout such as ``int8`` and ``int4``.
+        trained: epochs before the tables are stored; the stored model is epoch 0.
+        options: of `model`.
+
+    Raises:
+        UsageError: an option makes no sense.
+
+    Example:
+        >>> served(tables="int4", rows=100).name
+        'served[tables=int4,trained=3,model=dlrm[data=clicks,config=small,rows=100]]'
+    """
+    makers = {
+        "afm": afm, "dcn": dcn, "dcn-v2": dcn_v2, "deepfm": deepfm, "dlrm": dlrm, "fm": fm,
+        "wide-deep": wide_deep,
+    }  # fmt: skip
+    if model not in makers:
+        raise UsageError(f"a served model is one of {', '.join(makers)}, not {model!r}")
+    recipes.check_whole("trained", trained, 0)
+    recipe = makers[model](**options)
+    from ckptflip.recsys.quantised_workload import ServedWorkload
+
+    return ServedWorkload(recipe, tables, trained)
+
+
 def measured(outputs: torch.Tensor, targets: torch.Tensor) -> dict[str, float]:
     """What is recorded of an evaluation, from logits and labels.
 
@@ -161,8 +192,6 @@ def _study(
     recipe = recipes.made(name, options)
     chosen = recipe.options
     if not has_dropout and chosen.dropout is not None:
-        from ckptflip.errors import UsageError
-
         raise UsageError(f"workload {name} has no dropout")
     from importlib import import_module
 
