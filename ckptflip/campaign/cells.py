@@ -24,7 +24,7 @@ CONTROL = "restart without change"
 MOST_CELLS = 100_000
 # Places of the random streams of a trial's seed; a policy's own draws use 0 to 31.
 _RUN = 1 << 16
-_LISTS = ("tensors", "layers", "roles", "forbid")
+_LISTS = ("tensors", "layers", "roles", "fields", "forbid")
 
 
 class Planned(msgspec.Struct, frozen=True, kw_only=True):

@@ -22,7 +22,7 @@ _Epoch = Annotated[int, Meta(ge=0, le=1_000_000)]
 _Positive = Annotated[int, Meta(ge=1, le=10_000_000)]
 _Share = Annotated[float, Meta(ge=0.5, le=0.99999)]
 # Lists of names may be given as one name.
-_LISTS = ("tensors", "layers", "roles", "forbid")
+_LISTS = ("tensors", "layers", "roles", "fields", "forbid")
 
 
 class _Strict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
