@@ -5,6 +5,7 @@ It can be killed at any moment: what is finished is in the store, and the next c
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -90,6 +91,9 @@ def run(
         if unfinished(spec, cells, writer, shard):
             _work(spec, cells, writer, store, shard, executor, workers, told or _silent)
         total, failed = _count(writer, cells)
+    if not failed:
+        # Logs of workers, which nobody asks for now.
+        shutil.rmtree(_spool(store), ignore_errors=True)
     summary = Summary(
         cells=len(cells), ran=total - found, found=found, failed=failed, seconds=time.perf_counter() - began
     )
@@ -116,7 +120,7 @@ def _work(
     pool = start(
         name,
         workers=workers if workers is not None else spec.executor.workers,
-        folder=store.with_name(f"{store.name}.spool"),
+        folder=_spool(store),
         environment=environment_of(spec),
         options=dict(spec.executor.options) if same else {},
     )
@@ -144,6 +148,11 @@ def _revise(writer: Writer, spec: Campaign, extend: bool, command: str) -> bool:
         )  # fmt: skip
         return bool(revisions)
     return False
+
+
+def _spool(store: Path) -> Path:
+    """The executor's folder of a store."""
+    return store.with_name(f"{store.name}.spool")
 
 
 def _check_labels(writer: Writer, cells: Sequence[Planned]) -> None:

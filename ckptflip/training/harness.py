@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import re
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +24,7 @@ from ckptflip.training.workload import Workload, find
 Progress = Callable[[Row], None]
 TRACK = "track.jsonl"
 # A record beside a checkpoint goes with it: it would call the checkpoint that replaces it altered.
-_EPOCH_FILE = re.compile(r"epoch_\d{3,}(\.h5|\.keras)(\.flips\.(jsonl|h5))?")
+_EPOCH_FILE = re.compile(r"epoch_\d{3,}(\.h5|\.keras|\.dcp)(\.flips\.(jsonl|h5))?")
 
 
 def checkpoint_name(epoch: int, suffix: str = ".h5") -> str:
@@ -111,7 +112,7 @@ def resume(
     """
     workload = _workload(workload)
     checkpoint = Path(checkpoint)
-    if checkpoint.is_dir():
+    if checkpoint.is_dir() and checkpoint.suffix != suffix_of(workload):
         raise CheckpointError(f"{checkpoint} is a folder; name a file in it")
     folder = Path(save) if save is not None else None
     track = track_path(checkpoint, folder, track)
@@ -254,7 +255,10 @@ def _clear(folder: Path | None, track: Path, overwrite: bool) -> None:
     if old and not overwrite:
         raise UsageError(f"{old[0]} exists already: choose another place, or overwrite the run (--overwrite)")
     for path in old:
-        path.unlink()
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def _flips(checkpoint: Path, record: Path | None) -> Flips | None:
