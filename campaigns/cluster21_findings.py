@@ -252,9 +252,7 @@ def _extremes(
         if _share(order[0]) == _share(order[-1]):
             said.append(f"{name}: {percent(_share(order[0]))} ended badly, whatever the {what}.")
             continue
-        differ = (
-            f"{told} of {many(len(pairs), 'pair')} of {what}s differ" if told else f"no two {what}s differ"
-        )
+        differ = f"{told} of {many(len(pairs), 'pair')} of them differ" if told else "no two of them differ"
         said.append(
             f"{name}: from {percent(_share(order[0]))} ({called(order[0].cell)}) to "
             f"{percent(_share(order[-1]))} ({called(order[-1].cell)}) ended badly; {differ} (Fisher, Holm, "

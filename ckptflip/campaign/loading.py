@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import json
 import math
 import re
 from pathlib import Path
@@ -26,10 +27,10 @@ _EXTENDABLE = ("workload", "policy", "trials", "restart", "name")
 
 
 def load(path: str | Path) -> Campaign:
-    """Read a campaign's spec from a TOML file.
+    """Read a campaign's spec from a TOML file, or from JSON as a report shows it.
 
     Args:
-        path: the file, at most 1 MiB.
+        path: the file, at most 1 MiB; its name ends in ``.json`` if it is JSON.
 
     Raises:
         UsageError: no such file, not TOML, an unknown key, an impossible value or combination; the message
@@ -43,11 +44,14 @@ def load(path: str | Path) -> Campaign:
     try:
         if path.stat().st_size > _MOST:
             raise UsageError(f"campaign {path} is larger than 1 MiB: it is no spec")
-        data = tomllib.loads(path.read_text("utf-8-sig"))
+        text = path.read_text("utf-8-sig")
+        # A report shows the spec as JSON.
+        data = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except OSError as why:
         raise UsageError(f"campaign {path}: {why.strerror}") from None
     except (ValueError, RecursionError) as why:
-        raise UsageError(f"campaign {path} is not TOML: {why}") from None
+        form = "JSON" if path.suffix == ".json" else "TOML"
+        raise UsageError(f"campaign {path} is not {form}: {why}") from None
     try:
         return convert(data)
     except UsageError as why:

@@ -186,15 +186,15 @@ def _check_edited(old: Campaign, new: Campaign, extend: bool, store: Path) -> No
     before, after = loading.core(old), loading.core(new)
     if changed := [name for name in after if before.get(name) != after[name]]:
         raise UsageError(
-            f"{store} was begun with another spec: {', '.join(changed)} differ, so that its trials would not "
-            "be comparable with new ones. Name another store"
+            f"{store} was begun with another spec; it differs in: {', '.join(changed)}, so that its trials "
+            "would not be comparable with new ones. Name another store"
         )
     if not extend:
         plain = [loading.plain_of(campaign) for campaign in (old, new)]
         differ = [key for key in plain[0] if plain[0][key] != plain[1][key]]
         raise UsageError(
-            f"{store} was begun with another spec: {', '.join(differ)} differ. --extend adds what is new and "
-            "keeps what is finished; or name another store"
+            f"{store} was begun with another spec; it differs in: {', '.join(differ)}. --extend adds what is "
+            "new and keeps what is finished; or name another store (one without finished trials may go)"
         )
 
 

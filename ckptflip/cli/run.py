@@ -43,6 +43,7 @@ def command(
     Exit code 4: the campaign is complete, and some trials failed.
     """
     from ckptflip.campaign import loading
+    from ckptflip.campaign.cells import expand
 
     if schema or example:
         import json
@@ -52,24 +53,33 @@ def command(
     if campaign is None:
         raise UsageError("name the campaign's TOML file; --example prints one to begin with")
     spec = loading.load(campaign)
+    try:
+        cells = expand(spec)
+    except UsageError as why:
+        raise UsageError(f"campaign {campaign}: {why}") from None
     if dry_run:
-        _list_cells(spec)
+        _list_cells(spec, cells)
         return
     if store is None:
         raise UsageError("name the file for the results: --store runs.db")
     from ckptflip.campaign import runner, shards
 
+    part = shards.parse(shard) if shard is not None else shards.WHOLE
     with _Progress(quiet=quiet) as progress:
-        summary = runner.run(
-            spec,
-            store,
-            executor=executor,
-            workers=workers,
-            shard=shards.parse(shard) if shard is not None else shards.WHOLE,
-            extend=extend,
-            retry=retry,
-            told=progress.told,
-        )
+        try:
+            summary = runner.run(
+                spec,
+                store,
+                executor=executor,
+                workers=workers,
+                shard=part,
+                extend=extend,
+                retry=retry,
+                told=progress.told,
+            )
+        except KeyboardInterrupt:
+            progress.say("what is finished is kept; the same command goes on")
+            raise
     progress.say(
         f"{summary.ran} trials in {summary.seconds:.1f} s, {summary.found} were there; "
         f"{summary.cells} cells. Next: ckptflip report {store} -o report/"
@@ -77,17 +87,16 @@ def command(
     click.echo(store)
 
 
-def _list_cells(spec: Any) -> None:
-    from ckptflip.campaign.cells import expand
+def _list_cells(spec: Any, cells: Any) -> None:
     from ckptflip.cli.output import emit, many, say
 
-    cells = expand(spec)
     columns = ("workload", "epoch", "until", "condition", "trials")
     values = ((c.workload_label, c.epoch, c.until, c.label, c.wanted) for c in cells)
     emit((dict(zip(columns, row, strict=True)) for row in values), columns, "table")
     most = "at most " if spec.trials.stop is not None else ""
     trials = many(sum(cell.wanted for cell in cells), "trial")
-    say(f"{many(len(cells), 'cell')}, {most}{trials}; dry run: nothing was run")
+    count = many(len(cells), "cell")
+    say(f"{count}, {most}{trials}; dry run: nothing was run, no workload or tensor was looked for")
 
 
 class _Progress:

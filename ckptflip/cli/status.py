@@ -26,7 +26,7 @@ _EVERY = 2.0
 
 @click.command()
 @click.argument("store")
-@click.option("--watch", is_flag=True, help="Show it anew every two seconds until the campaign is complete.")
+@click.option("--watch", is_flag=True, help="Show it anew every two seconds, as long as the campaign runs.")
 @format_option
 def command(store: str, watch: bool, form: str) -> None:
     """How far the campaign in STORE is: a row per cell, then the pace and the time left.
@@ -121,7 +121,7 @@ def _watch(store: str) -> None:
         while True:
             found = progress(store)
             live.update(Group(_drawn(found), Text(_harmless(_summary(found)))), refresh=True)
-            if not found.left:
+            if not found.left or found.writer is None:
                 return
             time.sleep(_EVERY)
 

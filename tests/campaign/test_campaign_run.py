@@ -221,12 +221,12 @@ def test_an_edited_spec_is_noticed(tmp_path: Path) -> None:
     before = values(store)["trials"]
     written(tmp_path, trials="per_cell = 3")
     refused = run(spec, store, expect=2)
-    assert "trials differ" in refused.stderr and "--extend" in refused.stderr
+    assert "differs in: trials" in refused.stderr and "--extend" in refused.stderr
     run(spec, store, "--extend")
     after = values(store)["trials"]
     assert set(before) < set(after) and len(after) == len(before) + 8
     spec.write_text(spec.read_text().replace("seed = 11", "seed = 12"))
-    assert "seed differ" in run(spec, store, "--extend", expect=2).stderr
+    assert "differs in: seed" in run(spec, store, "--extend", expect=2).stderr
 
 
 def test_a_stricter_rule_opens_stopped_cells(tmp_path: Path) -> None:

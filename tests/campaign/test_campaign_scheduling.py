@@ -64,14 +64,14 @@ def test_a_stop_rule_ends_a_cell_at_the_same_trial_in_any_order(rate: float) -> 
 def test_a_stop_rule_gives_up_at_most() -> None:
     spec, cell = made(stop={"half_width": 0.01, "at_most": 35, "batch": 10})
     finished, reason = played(spec, cell, [0.5], [], 0)
-    assert (len(finished), reason) == (35, "at most")
+    assert (len(finished), reason) == (35, "limit reached")
 
 
 def test_failed_trials_are_no_observations() -> None:
     spec, cell = made(stop={"half_width": 0.2, "at_most": 200, "batch": 10, "at_least": 10})
     done = {n: "" if n % 2 else "masked" for n in range(10)}
     assert due(spec, cell, done).reason is None
-    assert due(spec, cell, dict.fromkeys(range(200), "")).reason == "at most"
+    assert due(spec, cell, dict.fromkeys(range(200), "")).reason == "limit reached"
 
 
 @pytest.mark.parametrize(

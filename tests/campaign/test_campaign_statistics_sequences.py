@@ -120,7 +120,7 @@ def test_what_an_earlier_look_excluded_stays_excluded() -> None:
 
 def test_a_cell_that_stays_wide_ends_at_most() -> None:
     found = s.stopped(np.arange(120) % 2 == 0, Stop(half_width=0.01, at_most=120))
-    assert found is not None and (found.reason, found.trials, found.events) == ("at most", 120, 60)
+    assert found is not None and (found.reason, found.trials, found.events) == ("limit reached", 120, 60)
 
 
 def test_thousands_of_cells_stop_as_one_does() -> None:

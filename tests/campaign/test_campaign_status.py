@@ -156,6 +156,12 @@ def test_complete(tmp_path: Path) -> None:
     assert "complete, not running" in watched
 
 
+def test_watch_ends_where_nothing_runs(store: Path) -> None:
+    """A shard that is complete, or a campaign that was interrupted: there is nothing to wait for."""
+    found = CliRunner().invoke(status, [str(store), "--watch"], catch_exceptions=False)
+    assert found.exit_code == 0 and "not running" in found.output
+
+
 def test_watch_ends_when_the_campaign_does(store: Path) -> None:
     code = """if True:
         import sys
@@ -166,13 +172,15 @@ def test_watch_ends_when_the_campaign_does(store: Path) -> None:
     environment = {**os.environ, "COLUMNS": "200", "FORCE_COLOR": "1", "TERM": "xterm"}
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     command = [sys.executable, "-c", code, str(store)]
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+    with (
+        writing(store) as writer,
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process,
+    ):
         assert process.stdout is not None
         while "left" not in process.stdout.readline():
             assert process.poll() is None
-        with writing(store) as writer:
-            for key in ("control", "stratified"):
-                writer.stop_cell(key, "enough")
+        for key in ("control", "stratified"):
+            writer.stop_cell(key, "enough")
         shown, _ = process.communicate(timeout=30)
     assert process.returncode == 0
     assert "complete" in shown

@@ -63,7 +63,7 @@ def test_the_headline_says_what_was_counted(tiny_page):
     said = text(tiny_page)
     assert "5 altered restarts in 2 cells came to an end. 1 further one did not: 1 crashed." in said
     assert "2 (40 %) absorbed the fault: 1 ended bit for bit as the clean run and 1 stayed within" in said
-    assert "1 (20 %) left it and came back, 1 (20 %) ended outside it and 1 (20 %) collapsed." in said
+    assert "1 (20 %) left the tolerance and came back, 1 (20 %) ended outside the tolerance" in said
     assert "Degraded or collapsed were from 0 of 1 (10 flips) to 2 of 4 (1 flip)." in said
     assert "not finished" not in said
 

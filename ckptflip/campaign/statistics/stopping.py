@@ -12,7 +12,7 @@ from ckptflip.campaign.statistics.checks import Floats, Whole, at_least, counted
 from ckptflip.campaign.statistics.sequences import beta_binomial_sequence, running_intersection
 from ckptflip.errors import UsageError
 
-PRECISE, EXHAUSTED = "precise enough", "at most"
+PRECISE, EXHAUSTED = "precise enough", "limit reached"
 
 
 class Stop(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -233,6 +233,10 @@ def _known(rows: Sequence[SpreadRow], trials: NDArray[np.int64]) -> list[SpreadR
     return [row for row in rows if row.trial in known]
 
 
+# What a policy that does not say so has.
+_UNSAID = {"bits": "all", "fault": "flip", "design": "uniform"}
+
+
 class Axis(NamedTuple):
     """Something that differs between the cells of a campaign.
 
@@ -251,14 +255,22 @@ class Axis(NamedTuple):
 
 def axes(cells: Sequence[Cell]) -> list[Axis]:
     """What differs between cells: their workload, their epoch, fields of their policies."""
-    held = [{"workload": c.workload, "epoch": c.epoch, **(c.policy or {}), **c.swept} for c in cells]
+    held = [
+        {"workload": c.workload, "epoch": c.epoch, **_UNSAID, **(c.policy or {}), **c.swept} for c in cells
+    ]
     found = []
     for field in dict.fromkeys(key for values in held for key in values):
-        raw = [values.get(field) for values in held]
+        raw = [_one_if_unsaid(values) if field == "count" else values.get(field) for values in held]
         shown = [_said(value) for value in raw]
         if field not in _NO_AXIS and len(set(shown)) > 1:
             found.append(Axis(field, AXES.get(field, field), shown, _ordered(raw, shown)))
     return found
+
+
+def _one_if_unsaid(policy: Mapping[str, Any]) -> Any:
+    """The count of a policy: one fault, where it says no amount."""
+    unsaid = policy.get("fraction") is None and policy.get("ber") is None
+    return policy.get("count") or (1 if unsaid else None)
 
 
 def _said(value: Any) -> str:

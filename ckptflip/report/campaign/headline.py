@@ -15,8 +15,8 @@ from ckptflip.report.campaign.words import listed, many, name, percent
 _SAID = {
     "identical": "ended bit for bit as the clean run",
     "masked": "stayed within the tolerance throughout",
-    "slowed": "left it and came back",
-    "degraded": "ended outside it",
+    "slowed": "left the tolerance and came back",
+    "degraded": "ended outside the tolerance",
     "collapsed": "collapsed",
 }
 
@@ -41,8 +41,11 @@ def headline(gathered: Gathered, rows: Sequence[CellRow]) -> list[str]:
         return [none, *_open(gathered, rows)]
     said = [f"{many(done, 'altered restart')} in {many(len(gathered.cells), 'cell')} came to an end."]
     if failed:
-        said.append(f"{many(sum(failed.values()), 'further one')} did not: {_failures(failed)}.")
-    said += _ended(counts, done)
+        said.append(
+            f"{many(sum(failed.values()), 'further one')} did not: {_failures(failed)}. They are in no rate; "
+            "the faults may be what ended them."
+        )
+    said += _ended(counts, done, failed=bool(failed))
     if gathered.strata:
         said.append(
             "Faults were drawn by stratum: these are shares of the trials; what they say of a flip drawn "
@@ -51,12 +54,13 @@ def headline(gathered: Gathered, rows: Sequence[CellRow]) -> list[str]:
     return [*said, *_range(gathered, rows), *_open(gathered, rows)]
 
 
-def _ended(counts: dict[str, int], done: int) -> list[str]:
+def _ended(counts: dict[str, int], done: int, *, failed: bool) -> list[str]:
     absorbed = counts["identical"] + counts["masked"]
     some = f"{absorbed} ({percent(absorbed / done)})"
     whole = "all" if absorbed == done else some if absorbed else "none"
     parts = [f"{counts[each]} {_SAID[each]}" for each in ("identical", "masked") if counts[each]]
-    said = f"Of these, {whole} absorbed the fault" + (f": {listed(parts)}." if len(parts) == 2 else ".")
+    whom = "Of those that did" if failed else "Of these"
+    said = f"{whom}, {whole} absorbed the fault" + (f": {listed(parts)}." if len(parts) == 2 else ".")
     rest = [
         f"{counts[each]} ({percent(counts[each] / done)}) {_SAID[each]}"
         for each in ("slowed", "degraded", "collapsed")
