@@ -28,6 +28,7 @@ def text() -> str:
     for name in COMMANDS:
         command = cli.get_command(context, name)
         assert command is not None
+        command._help_option = None  # of a context that it was called in before, on its own
         parts += [f"## ckptflip {name}", _fenced(command.get_help(_context(command, name, context)))]
     return "\n\n".join(parts) + "\n"
 

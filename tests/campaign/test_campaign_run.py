@@ -64,6 +64,11 @@ def _environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parent.parent), str(HERE)])}
 
 
+def _heeds_interrupts() -> None:
+    """A shell makes what it starts in the background, these tests say, ignore them."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def run(spec: Path, store: Path, *more: Any, expect: int = 0) -> subprocess.CompletedProcess[str]:
     done = ckptflip("run", spec, "--store", store, *more)
     assert done.returncode == expect, done.stderr
@@ -385,11 +390,11 @@ def test_another_bit_in_a_clean_run_is_noticed(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_campaign_says_so_and_goes_on(tmp_path: Path) -> None:
-    spec, store = written(tmp_path, options="slow = 0.1"), tmp_path / "runs.db"
+    spec, store = written(tmp_path, options="slow = 0.2"), tmp_path / "runs.db"
     environment = _environment()
     process = subprocess.Popen(
         command("run", spec, "--store", store), cwd=HERE, env=environment, text=True,
-        stderr=subprocess.PIPE, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, stdout=subprocess.PIPE, preexec_fn=_heeds_interrupts,
     )  # fmt: skip
     time.sleep(4)
     process.send_signal(signal.SIGINT)
