@@ -83,7 +83,7 @@ def _summary(found: Progress) -> str:
     most = "at most " if found.left and found.rule else ""
     parts = [f"{found.trials} of {most}{found.trials + found.left} trials", f"{found.failed} failed"]
     if found.per_hour is not None:
-        parts.append(f"{found.per_hour:.3g} per hour")
+        parts.append(f"{found.per_hour:,.0f} per hour")
     if not found.left:
         parts.append("complete")
     elif found.seconds_left is not None:
