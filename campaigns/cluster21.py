@@ -14,7 +14,7 @@ import io
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 
@@ -121,8 +121,13 @@ def shortened(campaign: Campaign, trials: int | None) -> Campaign:
 def run(stores: Path, only: Sequence[str] | None, trials: int | None, workers: int | None) -> int:
     """Run what is missing of the experiments; 4 where trials failed, else 0."""
     stores.mkdir(parents=True, exist_ok=True)
+    return run_all(specs(only), stores, trials, workers)
+
+
+def run_all(found: Mapping[str, Path], stores: Path, trials: int | None, workers: int | None) -> int:
+    """Run what is missing of these specs, each into the store of its name; 4 where trials failed, else 0."""
     began, code = time.perf_counter(), 0
-    for name, path in specs(only).items():
+    for name, path in found.items():
         campaign = shortened(loading.load(path), trials)
         command = f"ckptflip run {path.relative_to(HERE.parent)} --store {name}.db"
         try:

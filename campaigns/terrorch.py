@@ -14,17 +14,14 @@ import argparse
 import contextlib
 import io
 import sys
-import time
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 
 from ckptflip.campaign import loading
-from ckptflip.campaign.events import Happened
-from ckptflip.campaign.runner import run as run_campaign
 from ckptflip.campaign.spec import Campaign
 from ckptflip.campaign.store import reading
-from ckptflip.errors import CkptflipError, FailedTrialsError
+from ckptflip.errors import CkptflipError
 from ckptflip.recsys import recipes
 from ckptflip.recsys.data.logs import access_counts
 from ckptflip.recsys.tables import write_counts
@@ -34,7 +31,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
 import terrorch_tables as tables  # noqa: E402
-from cluster21 import markdown, shortened  # noqa: E402
+from cluster21 import markdown, run_all  # noqa: E402
 from terrorch_findings import FINDINGS, LEVEL  # noqa: E402
 from terrorch_tables import Study  # noqa: E402
 
@@ -126,30 +123,14 @@ def run(stores: Path, only: Sequence[str] | None, trials: int | None, workers: i
     """Run what is missing of the studies; 4 where trials failed, else 0."""
     stores = stores.resolve()
     stores.mkdir(parents=True, exist_ok=True)
-    began, code = time.perf_counter(), 0
-    for name, path in specs(only).items():
-        campaign = shortened(loading.load(path), trials)
+    found = specs(only)
+    for path in found.values():
+        campaign = loading.load(path)
         if any(policy.rows_weight for policy in campaign.policy) and not (stores / COUNTS).exists():
             count(campaign, stores / COUNTS)
-        command = f"ckptflip run {path.relative_to(HERE.parent)} --store {name}.db"
-        try:
-            # Trials find the access counts where they run. A path in the spec would be part of their draws.
-            with contextlib.chdir(stores):
-                done = run_campaign(
-                    campaign, stores / f"{name}.db", workers=workers, extend=True, told=_told, command=command
-                )
-        except FailedTrialsError as why:
-            print(f"{name}: {why}", file=sys.stderr)
-            code = why.exit_code
-            continue
-        print(f"{name}: {done.ran} trials in {done.seconds:.0f} s, {done.found} were there", file=sys.stderr)
-    print(f"{time.perf_counter() - began:.0f} s in all", file=sys.stderr)
-    return code
-
-
-def _told(happened: Happened) -> None:
-    if happened.what != "trial":
-        print(f"  {happened.text}", file=sys.stderr)
+    # Trials find the access counts where they run. A path in the spec would be part of their draws.
+    with contextlib.chdir(stores):
+        return run_all(found, stores, trials, workers)
 
 
 def write(stores: Path, out: Path, only: Sequence[str] | None = None) -> Path:

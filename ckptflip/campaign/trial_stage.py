@@ -104,22 +104,24 @@ def checked(campaign: Campaign, cells: Sequence[Planned], runs: Runs, writer: Wr
         ]
         if rows:
             writer.put_strata(cell.key, rows)
-            _check_drawn(campaign, cell, strata[cell.key], writer)
+    if strata:
+        _check_drawn(campaign, [cell for cell in cells if cell.key in strata], strata, writer)
     return strata
 
 
-def _check_drawn(campaign: Campaign, cell: Planned, strata: Sequence[CellStratum], writer: Writer) -> None:
+def _check_drawn(campaign: Campaign, cells: Sequence[Planned], strata: Strata, writer: Writer) -> None:
     """Refuse a store whose trials were drawn from other strata than their outcomes say."""
-    named = [(stratum.layer, stratum.field) for stratum in strata]
-    stored = writer.finished().get(cell.key, {})
-    outcomes = finished_trials(writer)[cell.key]
-    drawn = rounds_of(campaign, cell, outcomes, [stratum.weight for stratum in strata]).drawn
-    for stratum, numbers in stored.items():
-        if any(n >= len(drawn) or named[drawn[n]] != stratum for n in numbers):
-            raise CampaignError(
-                f"{writer.path}: the trials of {cell.label!r} were drawn from other strata than this spec "
-                "draws them from; begin a new store"
-            )
+    stored, outcomes = writer.finished(), finished_trials(writer)
+    for cell in cells:
+        named = [(stratum.layer, stratum.field) for stratum in strata[cell.key]]
+        weights = [stratum.weight for stratum in strata[cell.key]]
+        drawn = rounds_of(campaign, cell, outcomes[cell.key], weights).drawn
+        for stratum, numbers in stored.get(cell.key, {}).items():
+            if any(n >= len(drawn) or named[drawn[n]] != stratum for n in numbers):
+                raise CampaignError(
+                    f"{writer.path}: the trials of {cell.label!r} were drawn from other strata than this "
+                    "spec draws them from; begin a new store"
+                )
 
 
 def _try(campaign: Campaign, cell: Planned, runs: Runs, seed: int) -> None:
