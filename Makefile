@@ -2,6 +2,7 @@
 #   make demo       train, flip, resume, compare, draw: the main job on the embedded default
 #   make test       everything that must pass: lint, types, docs, notebooks, doctests, tests
 #   make lint types docs bench results notebooks      one part alone
+#   make native     builds the C++ kernels anew, after a change of their sources
 
 PYTHON ?= python3
 VENV   := .venv
@@ -10,21 +11,27 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c co
 # Frameworks run on one thread each, so that tests side by side do not fight for the cores.
 THREADS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TF_NUM_INTRAOP_THREADS=1 TF_CPP_MIN_LOG_LEVEL=3
 
-.PHONY: demo test lint types docs bench results notebooks pytest clean
+.PHONY: demo test lint types docs bench results notebooks native pytest clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
+# The sources of the extension; when they change, it is built anew.
+NATIVE := $(wildcard ckptflip/protect/native/*.cpp ckptflip/protect/native/*.h)
+
 # A stamp names the extras that are in; it is as old as the files that say what they hold.
-$(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
+$(VENV)/.demo: pyproject.toml constraints.txt $(NATIVE) | $(BIN)/python
 	@echo "Installing ckptflip with PyTorch into $(VENV); the first time takes a minute"
 	$(PIP) -e '.[torch]'
 	@touch $@
 
-$(VENV)/.test: pyproject.toml constraints.txt | $(BIN)/python
+$(VENV)/.test: pyproject.toml constraints.txt $(NATIVE) | $(BIN)/python
 	@echo "Installing everything into $(VENV); the first time takes a minute or two"
 	$(PIP) -e '.[test,docs]'
 	@touch $@ $(VENV)/.demo
+
+native: $(VENV)/.test
+	$(BIN)/python -W ignore -c 'from setuptools import setup; setup()' --quiet build_ext --inplace
 
 demo: $(VENV)/.demo
 	$(BIN)/ckptflip demo

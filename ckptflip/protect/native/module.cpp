@@ -1,0 +1,40 @@
+// The module `_kernels`: its table of functions. Each group of kernels has a source file of its own.
+#include "kernels.h"
+
+namespace ckptflip {
+
+Isa isa() {
+#if defined(__x86_64__) && defined(__GNUC__)
+  static const Isa found = [] {
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+      return Isa::avx512;
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? Isa::avx2 : Isa::generic;
+  }();
+  return found;
+#else
+  return Isa::generic;
+#endif
+}
+
+namespace {
+
+PyObject *name_of_isa(PyObject *, PyObject *) {
+  static const char *const names[] = {"generic", "avx2", "avx512"};
+  return PyUnicode_FromString(names[static_cast<int>(isa())]);
+}
+
+PyMethodDef methods[] = {
+    {"isa", name_of_isa, METH_NOARGS, "The instructions in use: avx512, avx2 or generic."},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT, "_kernels", "Kernels on addresses.", -1, methods, nullptr, nullptr, nullptr, nullptr,
+};
+
+}  // namespace
+}  // namespace ckptflip
+
+PyMODINIT_FUNC PyInit__kernels() { return PyModule_Create(&ckptflip::definition); }
