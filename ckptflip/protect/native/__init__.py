@@ -40,5 +40,5 @@ def why_not() -> str:
         True
     """
     if os.environ.get(SWITCH) == "0":
-        return f"compiled kernels are switched off by {SWITCH}=0 in the environment; without it a compiler builds them"
+        return f"compiled kernels are switched off: {SWITCH}=0 is set; unset it, and a compiler builds them"
     return "compiled kernels were not built: install a C++ compiler and reinstall ckptflip to have them"
