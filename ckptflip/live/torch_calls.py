@@ -1,6 +1,6 @@
 """Faults in the calls of a PyTorch model: what modules give and take, and what the model is given.
 
-One hook stands on the model; those on its modules are there during the calls that are hit, so that others
+A gate stands before the model; hooks are on its modules during the calls that are hit alone, so that others
 cost next to nothing.
 """
 
@@ -19,6 +19,7 @@ from ckptflip.errors import LiveError, SelectionError
 from ckptflip.faults.catalogue import matches
 from ckptflip.faults.policy import Policy
 from ckptflip.live.calls import Due, keys_of, seeds_of
+from ckptflip.live.torch_gate import Gate, Through
 from ckptflip.live.torch_modules import Chosen
 from ckptflip.live.torch_passing import Found, Passed, Site
 from ckptflip.live.torch_tables import Ids, tables
@@ -57,7 +58,7 @@ Done = Callable[[int, list[Passed]], None]
 
 
 class TorchCalls:
-    """The hooks of one ``with`` block.
+    """The gate and the hooks of one ``with`` block.
 
     Args:
         model: without what wraps it.
@@ -72,7 +73,6 @@ class TorchCalls:
         done: called at the end of each call in which something passed was hit.
 
     Attributes:
-        calls: of the model so far.
         due_calls: those that were due.
         sites: where tensors pass.
     """
@@ -101,13 +101,17 @@ class TorchCalls:
         # Only ids that may have been hit are looked at.
         self._tables = [(m, Ids(n, clamp)) for n, m in tables(model)] if inputs or entries else []
         self._names = _argument_names(model) if inputs else []
-        self._wait: float = inf
-        self._root: Any = None
+        self._gate = Gate(model, self._reach)
         self._handles: list[Any] = []
         self._passed: list[Passed] = []
         self._depth = self._thread = 0
         self._call = -1
-        self.calls = self.due_calls = 0
+        self.due_calls = 0
+
+    @property
+    def calls(self) -> int:
+        """Of the model so far, without those in the middle of a call that is hit."""
+        return self._gate.calls
 
     @property
     def clamped(self) -> int:
@@ -115,64 +119,40 @@ class TorchCalls:
         return sum(ids.clamped for _, ids in self._tables)
 
     def attach(self) -> None:
-        """Put the hook on the model."""
-        self._wait = self._due.next(0)
-        hook: Any = self._with_inputs() if self._inputs else self._before()
-        self._root = self._model.register_forward_pre_hook(hook, with_kwargs=bool(self._inputs))
+        """Stand before the model's calls."""
+        self._gate.wait = self._due.next(0)
+        self._gate.open()
 
     def detach(self) -> None:
-        """Take all hooks off; they do nothing from now on, wherever copies of them may be."""
-        if self._root is not None:
-            self._root.remove()
-        self._root = None
+        """Leave the model as it was."""
+        self._gate.close()
         self._leave()
 
-    def _before(self) -> Callable[..., None]:
-        """The hook on the model. What it does for a call that is not due is what an idle fault costs."""
-        is_compiling = torch.compiler.is_compiling
-
-        def hook(module: Any, args: Any, kwargs: Any = None) -> None:
-            if is_compiling():
-                return
-            self.calls = call = self.calls + 1
-            if call > self._wait:
-                self._reach(call - 1)
-
-        return hook
-
-    def _with_inputs(self) -> Callable[..., Any]:
-        before = self._before()
-
-        def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            due_calls = self.due_calls
-            before(module, args)
-            # A call in the middle of another is given what the model itself has computed.
-            if self.due_calls == due_calls:
-                return None
-            try:
-                return self._strike_inputs(args, kwargs)
-            except BaseException:
-                self._leave()
-                raise
-
-        return hook
-
-    def _reach(self, call: int) -> None:
+    def _reach(self, through: Through, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call that is due, or one in the middle of such a call."""
-        if self._root is None:
-            return
-        if not self._depth:
-            self._enter(call)
-            return
-        self.calls = call
-        self._check_thread()
-        self._depth += 1
+        inner = self._depth > 0
+        if inner:
+            self._gate.calls -= 1
+            self._check_thread()
+            self._depth += 1
+        else:
+            self._enter(self._gate.calls - 1)
+        try:
+            # A call in the middle of another is given what the model itself has computed.
+            if self._inputs and not inner:
+                args, kwargs = self._strike_inputs(args, kwargs)
+            return through(*args, **kwargs)
+        finally:
+            if self._depth:
+                self._depth -= 1
+                if not self._depth:
+                    self._leave()
 
     def _enter(self, call: int) -> None:
         """Begin a call that is hit."""
         self.due_calls += 1
         self._call, self._depth, self._thread = call, 1, get_ident()
-        self._wait = -1
+        self._gate.wait = -1
         try:
             if self._state is not None:
                 self._state(call)
@@ -198,7 +178,6 @@ class TorchCalls:
         for chosen, site in self._outputs:
             hook = self._output_hook(site, chosen)
             handles.append(chosen.module.register_forward_hook(hook, with_kwargs=True))
-        handles.append(self._model.register_forward_hook(self._after, always_call=True))
 
     def _checking(self, ids: Ids) -> Callable[..., Any]:
         def hook(module: Any, args: Any, kwargs: Any) -> Any:
@@ -206,20 +185,14 @@ class TorchCalls:
 
         return hook
 
-    def _after(self, module: Any, args: Any, output: Any) -> None:
-        # It is also called where a call of another thread was refused, and in calls that are not due.
-        if self._depth and get_ident() == self._thread:
-            self._depth -= 1
-            if self._depth == 0:
-                self._leave()
-
     def _leave(self) -> None:
         """End a call that is hit, however it ended."""
         self._depth = 0
-        if self._wait < 0:
-            self._wait = inf if self._due.once else self._due.next(self._call + 1)
+        gate = self._gate
+        if gate.is_open and gate.wait < 0:
+            gate.wait = inf if self._due.once else self._due.next(self._call + 1)
         # Between two calls that are both due, the hooks may as well stay.
-        if self._root is None or self._wait != self._call + 1:
+        if not gate.is_open or gate.wait != self._call + 1:
             while self._handles:
                 self._handles.pop().remove()
         passed, self._passed = self._passed, []
@@ -261,7 +234,10 @@ class TorchCalls:
             self._passed.append(passed)
         return rebuilt(value, copies) if copies else None
 
-    def _strike_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _strike_inputs(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What the model is given, hit."""
         names = [self._names[i] if i < len(self._names) else str(i) for i in range(len(args))]
         given = {**dict(zip(names, args, strict=True)), **kwargs}
         every = _each(given)
@@ -272,7 +248,9 @@ class TorchCalls:
                 f"inputs {', '.join(self._inputs)} match none of the model's inputs; its tensors are {there}"
             )
         made = self._strike(self._input, found, (), given)
-        return None if made is None else (tuple(made[n] for n in names), {k: made[k] for k in kwargs})
+        if made is None:
+            return args, kwargs
+        return tuple(made[n] for n in names), {k: made[k] for k in kwargs}
 
     def _is_ours(self) -> bool:
         """Whether a module is called by the model, in a call that is hit, and by Python."""

@@ -11,6 +11,7 @@ import torch
 from msgspec import Struct
 
 from ckptflip.errors import SelectionError, UsageError
+from ckptflip.live.torch_gate import is_compiled
 
 Wanted = bool | str | type | Iterable[str | type]
 
@@ -174,10 +175,7 @@ def blinders(model: torch.nn.Module) -> list[str]:
     found = []
     for name, module in model.named_modules():
         said = f"module {name!r}" if name else "the model"
-        if (
-            type(module).__name__ == "OptimizedModule"
-            or getattr(module, "_compiled_call_impl", None) is not None
-        ):
+        if type(module).__name__ == "OptimizedModule" or is_compiled(module):
             found.append(f"{said} is compiled (torch.compile)")
         elif isinstance(module, torch.jit.ScriptModule) and not any("scripted" in one for one in found):
             found.append(f"{said} is scripted (torch.jit)")

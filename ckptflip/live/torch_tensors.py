@@ -40,7 +40,7 @@ class TorchTarget:
         gradients: the ``.grad`` of every parameter of the model, where there is one.
 
     Raises:
-        UsageError: neither a model nor an optimizer; gradients without a model.
+        UsageError: neither a model nor an optimizer; gradients without a model; a scripted model.
 
     Example:
         >>> target = TorchTarget(torch.nn.BatchNorm1d(2))
@@ -200,6 +200,11 @@ class _Structure:
         self._buffers: list[dict[str, Any]] = []
         self.parameters: list[torch.nn.Parameter] = []
         for name, module in [] if model is None else model.named_modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                raise UsageError(
+                    f"{f'module {name!r}' if name else 'the model'} is scripted (torch.jit), which keeps its "
+                    "parameters out of reach: inject into the module that it was made from, or into its file"
+                )
             prefix = f"{name}." if name else ""
             for owner in (module._modules, module._parameters):
                 self._owned += [(owner, key, value, prefix + key) for key, value in owner.items()]

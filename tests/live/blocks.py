@@ -22,10 +22,16 @@ def state_of(model):
     return [*model.parameters(), *model.buffers()]
 
 
+def gate_of(module):
+    """What is called in a module's place."""
+    return module.__dict__.get("_compiled_call_impl")
+
+
 def hooks_of(model):
-    """Every hook that stands on a model or its parameters."""
+    """Every gate and hook that stands on a model or its parameters."""
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_forward_hooks_always_called")
     found = [hook for module in model.modules() for kind in kinds for hook in getattr(module, kind).values()]
+    found += [gate for module in model.modules() if (gate := gate_of(module)) is not None]
     return found + [p for p in model.parameters() if p._post_accumulate_grad_hooks]
 
 
