@@ -57,6 +57,12 @@ class LiveError(CkptflipError):
     """A running model that is no longer the one prepared, or in which a fault did not take effect."""
 
 
+class DetectedError(CkptflipError):
+    """A check found a fault in what was computed, or in the weights it was computed with."""
+
+    exit_code = 3
+
+
 class CampaignError(CkptflipError):
     """A campaign's store or executor that cannot be used: damaged, newer, in use, of another campaign."""
 
