@@ -1,6 +1,7 @@
 """What happens when a check finds a fault: raise, count, or compute again; and the counts that are kept.
 
-Every protection that checks results shares this: `ON_ERROR` are the names a user gives, `settle` does what they say.
+Every protection that checks results shares this: `ON_ERROR` are the names a user gives, `settle` does what
+they say.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ class Detections:
     Attributes:
         calls: results that were checked.
         faulty: of these, results in which a fault was found.
-        unchecked: results that no check could judge (NaN or infinity in what was given, sums that may overflow).
+        unchecked: results that no check could judge: NaN or infinity was given, or sums may overflow.
         recomputed: faulty results that were computed again and then held.
     """
 
@@ -79,7 +80,8 @@ def settle(
         The result to go on with: with `count` the faulty one, with `recompute` the new one.
 
     Raises:
-        DetectedError: with `raise`; with `recompute`, if the new result is faulty too, as with a fault in the weights.
+        DetectedError: with `raise`; with `recompute` if the new result is faulty too, as with a fault in the
+            weights.
 
     Example:
         >>> seen = Detections()
@@ -99,8 +101,8 @@ def settle(
     renewed, holds = again()
     if not holds:
         raise DetectedError(
-            f"{where}: a fault was found, and again after computing anew: {found}; its weights or its checksums are "
-            "damaged: load the checkpoint anew"
+            f"{where}: a fault was found, and again after computing anew: {found}; its weights or its "
+            "checksums are damaged: load the checkpoint anew"
         )
     seen.recomputed += 1
     return renewed
