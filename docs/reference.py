@@ -28,21 +28,18 @@ def text() -> str:
     for name in COMMANDS:
         command = cli.get_command(context, name)
         assert command is not None
-        command._help_option = None  # of a context that it was called in before, on its own
         parts += [f"## ckptflip {name}", _fenced(command.get_help(_context(command, name, context)))]
     return "\n\n".join(parts) + "\n"
 
 
 def _context(command: click.Command, name: str, parent: click.Context | None = None) -> click.Context:
-    # click keeps the help option of the first context a command is seen in, so it must be the real one.
-    names = cli.context_settings["help_option_names"]
     return click.Context(
         command,
         info_name=name,
         parent=parent,
         terminal_width=WIDTH,
         max_content_width=WIDTH,
-        help_option_names=names,
+        **command.context_settings,
     )
 
 

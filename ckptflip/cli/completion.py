@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import click
 
+from ckptflip.cli.options import HELP
 
-@click.command()
+
+@click.command(context_settings=HELP)
 @click.argument("shell", type=click.Choice(("bash", "zsh", "fish")))
 def command(shell: str) -> None:
     """Print the script that makes SHELL complete commands and options.

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import click
 
-from ckptflip.cli.options import progress_bar, tensor_options
+from ckptflip.cli.options import HELP, progress_bar, tensor_options
 
 
-@click.command()
+@click.command(context_settings=HELP)
 @click.argument("ckpt", metavar="IN")
 @click.argument("out")
 @tensor_options

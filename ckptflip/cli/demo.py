@@ -6,8 +6,10 @@ from pathlib import Path
 
 import click
 
+from ckptflip.cli.options import HELP
 
-@click.command("demo")
+
+@click.command("demo", context_settings=HELP)
 @click.option(
     "--out", type=click.Path(path_type=Path, file_okay=False), metavar="DIR", default="demo",
     show_default=True,

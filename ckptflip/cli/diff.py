@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import click
 
-from ckptflip.cli.options import format_option, progress_bar, rowwise_option, tensors_option
+from ckptflip.cli.options import HELP, format_option, progress_bar, rowwise_option, tensors_option
 
 COLUMNS = ("tensor", "status", "words", "bits", "max_abs", "relative_l2", "max_ulp", "nev_a", "nev_b", "note")
 
 
-@click.command()
+@click.command(context_settings=HELP)
 @click.argument("a")
 @click.argument("b")
 @tensors_option

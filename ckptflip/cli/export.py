@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import click
 
+from ckptflip.cli.options import HELP
+
 TABLES = ("values", "trials", "flips", "propagation", "cells", "clean")
 
 
-@click.command()
+@click.command(context_settings=HELP)
 @click.argument("store")
 @click.option("-o", "--output", required=True, help="The new file: .parquet, .csv or .csv.gz.")
 @click.option(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import click
 
-from ckptflip.cli.options import Several, format_option
+from ckptflip.cli.options import HELP, Several, format_option
 
 
-@click.command("import-faults")
+@click.command("import-faults", context_settings=HELP)
 @click.argument("faults")
 @click.argument("ckpt")
 @click.option("-o", "--output", "record", type=click.Path(), required=True, help="The record to write.")

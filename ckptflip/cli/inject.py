@@ -10,7 +10,7 @@ from ckptflip.checkpoints.target import CHECKSUM_MODES
 from ckptflip.cli import options
 
 
-@click.command()
+@click.command(context_settings=options.HELP)
 @click.argument("ckpt")
 @options.destination_options
 @options.selection_options

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import click
 
-from ckptflip.cli.options import format_option
+from ckptflip.cli.options import HELP, format_option
 
 COLUMNS = ("format", "loader", "version", "covered", "repair", "leave", "error")
 
 
-@click.command()
+@click.command(context_settings=HELP)
 @click.argument("names", nargs=-1, metavar="[LOADER]...")
 @format_option
 def command(names: tuple[str, ...], form: str) -> None:

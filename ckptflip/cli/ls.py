@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import click
 
-from ckptflip.cli.options import epoch_option, format_option, picked, tensor_options
+from ckptflip.cli.options import HELP, epoch_option, format_option, picked, tensor_options
 
 COLUMNS = ("name", "shape", "dtype", "layer", "role", "bytes", "offset", "layout", "aliases")
 
 
-@click.command()
+@click.command(context_settings=HELP)
 @click.argument("ckpt")
 @tensor_options
 @epoch_option

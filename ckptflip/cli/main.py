@@ -10,6 +10,7 @@ from pathlib import Path
 import click
 
 from ckptflip import __version__
+from ckptflip.cli.options import HELP
 from ckptflip.errors import CkptflipError
 
 # In the order of the help text: look, alter, look again, train, run campaigns.
@@ -67,7 +68,7 @@ class LazyGroup(click.Group):
         return super().resolve_command(ctx, args)
 
 
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=LazyGroup, context_settings=HELP)
 @click.version_option(__version__, prog_name="ckptflip")
 def cli() -> None:
     """Flip chosen bits in saved checkpoints, resume training, and measure what the flips did.

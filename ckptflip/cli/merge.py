@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import click
 
+from ckptflip.cli.options import HELP
 
-@click.command()
+
+@click.command(context_settings=HELP)
 @click.argument("stores", metavar="STORE...", nargs=-1, required=True)
 @click.option("-o", "--output", required=True, help="The new store.")
 @click.option("--overwrite", is_flag=True, help="Replace the output if it exists.")

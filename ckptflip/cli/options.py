@@ -14,6 +14,9 @@ from ckptflip.errors import UsageError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+# What every command is made with: click keeps the help option of the first context that a command is seen in,
+# so that one called alone, without the group, would forget -h for good.
+HELP: dict[str, Any] = {"help_option_names": ["-h", "--help"]}
 FORMATS = ("table", "json", "ndjson", "csv")
 # Below this size the work is over before a progress bar is read.
 _WORTH_A_BAR = 1 << 28

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import click
 
+from ckptflip.cli.options import HELP
 
-@click.command("plot")
+
+@click.command("plot", context_settings=HELP)
 @click.argument("runs", metavar="RUN...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option(
     "-o", "--out", type=click.Path(path_type=Path, dir_okay=False), default="convergence.png",

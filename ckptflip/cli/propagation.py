@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from ckptflip.cli.options import format_option, progress_bar, tensor_options
+from ckptflip.cli.options import HELP, format_option, progress_bar, tensor_options
 
 COLUMNS = (
     *("layer", "elements", "changed", "share", "from_zero", "nev"),
@@ -14,7 +14,7 @@ COLUMNS = (
 )
 
 
-@click.command()
+@click.command(context_settings=HELP)
 @click.argument("clean")
 @click.argument("faulty")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Box plots: .png, .svg or .pdf.")

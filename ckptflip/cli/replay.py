@@ -12,7 +12,7 @@ from ckptflip.cli import options
 COLUMNS = ("tensor", "element", "index", "bits", "to_tensor", "to_element", "to_index", "to_bits", "layout")
 
 
-@click.command()
+@click.command(context_settings=options.HELP)
 @click.argument("record")
 @click.argument("ckpt")
 @options.destination_options

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import click
 
+from ckptflip.cli.options import HELP
 
-@click.command("report")
+
+@click.command("report", context_settings=HELP)
 @click.argument("store", type=click.Path(path_type=Path))
 @click.option(
     "-o", "--out", type=click.Path(path_type=Path, file_okay=False), default="report", show_default=True,

@@ -7,10 +7,11 @@ from typing import Any
 
 import click
 
+from ckptflip.cli.options import HELP
 from ckptflip.cli.train import echo_row, workload_options
 
 
-@click.command("resume")
+@click.command("resume", context_settings=HELP)
 @click.argument("workload")
 @click.argument("checkpoint", metavar="CKPT", type=click.Path(path_type=Path))
 @click.option("--until", type=int, required=True, metavar="N", help="Epoch to stop after.")

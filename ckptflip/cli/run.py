@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ckptflip.cli.options import HELP
 from ckptflip.errors import UsageError
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 _PACE = 10.0
 
 
-@click.command()
+@click.command(context_settings=HELP)
 @click.argument("campaign", required=False, type=click.Path(path_type=Path))
 @click.option(
     "--store", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",

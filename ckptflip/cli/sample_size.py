@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ckptflip.cli.options import epoch_option, format_option, picked, selection_options
+from ckptflip.cli.options import HELP, epoch_option, format_option, picked, selection_options
 from ckptflip.errors import UsageError
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 COLUMNS = ("layer", "bits", "population", "trials", "exact_trials", "no_event_trials")
 
 
-@click.command("sample-size")
+@click.command("sample-size", context_settings=HELP)
 @click.option(
     "--margin", type=float, default=0.01, show_default=True, metavar="E", help="Half width of the interval."
 )

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import click
 
-from ckptflip.cli.options import epoch_option, format_option, picked, progress_bar, tensors_option
+from ckptflip.cli.options import HELP, epoch_option, format_option, picked, progress_bar, tensors_option
 
 COLUMNS = ("tensor", "elements", "nan", "inf", "extreme", "outliers", "minimum", "maximum", "first")
 
 
-@click.command()
+@click.command(context_settings=HELP)
 @click.argument("ckpt")
 @tensors_option
 @epoch_option

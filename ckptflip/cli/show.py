@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ckptflip.cli.options import format_option
+from ckptflip.cli.options import HELP, format_option
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -19,7 +19,7 @@ COLUMNS = ("tensor", "layer", "role", "dtype", "words", "bits", "effective", *FI
 FLIP_COLUMNS = ("tensor", "element", "index", "bits", "before", "after", "value_before", "value_after")
 
 
-@click.command()
+@click.command(context_settings=HELP)
 @click.argument("record")
 @click.option("--flips", is_flag=True, help="List each fault instead of totals by tensor.")
 @format_option

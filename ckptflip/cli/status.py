@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ckptflip.cli.options import format_option
+from ckptflip.cli.options import HELP, format_option
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -24,7 +24,7 @@ _SHOWN = ("condition", "workload", "epoch", "trials", "failed", *_OUTCOMES, "rat
 _EVERY = 2.0
 
 
-@click.command()
+@click.command(context_settings=HELP)
 @click.argument("store")
 @click.option("--watch", is_flag=True, help="Show it anew every two seconds, as long as the campaign runs.")
 @format_option

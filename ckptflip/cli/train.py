@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ckptflip.cli.options import HELP
+
 if TYPE_CHECKING:
     from ckptflip.training.track import Row
 
@@ -58,7 +60,7 @@ def workload_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
-@click.command("train")
+@click.command("train", context_settings=HELP)
 @click.argument("workload")
 @click.option("--epochs", type=int, required=True, metavar="N", help="Epochs to train.")
 @click.option(

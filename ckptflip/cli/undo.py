@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import click
 
-from ckptflip.cli.options import progress_bar
+from ckptflip.cli.options import HELP, progress_bar
 
 
-@click.command()
+@click.command(context_settings=HELP)
 @click.argument("ckpt")
 @click.option("--record", required=True, type=click.Path(), help="The record of the injection to take back.")
 @click.option(

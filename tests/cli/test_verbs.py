@@ -8,9 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import h5py
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 import ckptflip
 from ckptflip.cli import main
@@ -309,6 +311,18 @@ def test_help_and_version(cli):
     for name in main.COMMANDS:
         code, out, _ = cli(name, "-h")
         assert code == 0 and out.startswith(f"Usage: ckptflip {name} ")
+
+
+@pytest.mark.parametrize("name", main.COMMANDS)
+def test_a_command_called_alone_knows_both_names_of_help_and_keeps_them(cli, name):
+    """click keeps a command's first help option for the life of the process."""
+    alone = main.cli.get_command(click.Context(main.cli), name)
+    alone._help_option = None
+    for option in ("-h", "--help"):
+        done = CliRunner().invoke(alone, [option])
+        assert done.exit_code == 0 and done.output.startswith("Usage: ")
+    code, out, _ = cli(name, "-h")
+    assert code == 0 and out.startswith(f"Usage: ckptflip {name} ")
 
 
 def test_interrupted(cli, monkeypatch):
