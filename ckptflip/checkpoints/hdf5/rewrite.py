@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from ckptflip.checkpoints.hdf5.chunks import ChunkCodec, write_chunk
 from ckptflip.checkpoints.hdf5.places import Chunks, element_space, split, word_bytes
+from ckptflip.checkpoints.hdf5.times import kept_times
 from ckptflip.checkpoints.hdf5.types import Field
 from ckptflip.checkpoints.hdf5.walker import FLETCHER32, Dataset
 from ckptflip.checkpoints.target import Changes
@@ -33,6 +34,8 @@ def rewrite(
 ) -> None:
     """Alter words of some tensors in a copy. Only chunks that are hit are encoded again.
 
+    No time of day gets into the copy: a replay gives the identical file.
+
     Args:
         path: the copy.
         changes: all masks.
@@ -47,8 +50,10 @@ def rewrite(
     Raises:
         CheckpointError: the library refuses.
     """
+    touched = {datasets[tensor].key for tensor in rows}
+    touched |= {_encoded(a.removesuffix(fields[t].suffix)) for t in gathered for a in tensors[t].aliases}
     try:
-        with h5py.File(path, "r+", locking=False) as file:
+        with kept_times(path, touched), h5py.File(path, "r+", locking=False) as file:
             own: dict[bytes, Any] = {}
             for tensor, part in rows.items():
                 place, field = datasets[tensor], fields[tensor]
@@ -135,8 +140,7 @@ def _hold(file: h5py.File, place: Dataset, records: NDArray[np.uint8], aliases: 
     kind = old.get_type()
     space = h5s.create_simple(place.shape) if place.shape else h5s.create(h5s.SCALAR)
     creation = h5p.create(h5p.DATASET_CREATE)
-    # No time of day in the file: a replay gives the identical one.
-    creation.set_obj_track_times(False)
+    creation.set_obj_track_times(False)  # nor here
     new = h5d.create(file.id, None, kind, space, creation)
     new.write(
         h5s.ALL, h5s.ALL, np.ascontiguousarray(records).view(f"V{place.record}").reshape(place.shape), kind
@@ -145,7 +149,7 @@ def _hold(file: h5py.File, place: Dataset, records: NDArray[np.uint8], aliases: 
     for name in kept.attrs:
         moved.attrs[name] = kept.attrs[name]
     address = h5o.get_info(old).addr
-    for name in [place.key, *(a.encode("utf-8", "surrogateescape") for a in aliases)]:
+    for name in [place.key, *map(_encoded, aliases)]:
         parent, _, leaf = name.rpartition(b"/")
         group = file[parent or "/"].id
         hard = leaf in group and group.links.get_info(leaf).type == h5l.TYPE_HARD
@@ -153,3 +157,7 @@ def _hold(file: h5py.File, place: Dataset, records: NDArray[np.uint8], aliases: 
             group.unlink(leaf)
             h5o.link(new, group, leaf)
     return new
+
+
+def _encoded(name: str) -> bytes:
+    return name.encode("utf-8", "surrogateescape")
