@@ -111,7 +111,7 @@ def job(text: str, key: str | None = None, *, seconds: float | None = 60, memory
     return Job(key or text, text.encode(), Limits(seconds=seconds, memory=memory))
 
 
-def collect(executor: Executor, count: int, seconds: float = 60) -> dict[str, Report]:
+def collect(executor: Executor, count: int, seconds: float = 120) -> dict[str, Report]:
     """Reports until there are so many; each key once."""
     found: dict[str, Report] = {}
     until = time.monotonic() + seconds
@@ -132,7 +132,7 @@ def lives(pid: int) -> bool:
     return state not in "ZX"
 
 
-def await_true(condition: Callable[[], object], seconds: float = 20) -> None:
+def await_true(condition: Callable[[], object], seconds: float = 60) -> None:
     """Wait until a condition holds."""
     until = time.monotonic() + seconds
     while not condition():

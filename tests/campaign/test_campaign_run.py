@@ -17,6 +17,13 @@ from executor_places import place
 from ckptflip.campaign.store import reading
 
 HERE = Path(__file__).parent
+# A shell makes what it starts in the background, these tests say, ignore interrupts.
+HEEDING = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from ckptflip.cli.main import main
+main()
+"""
 SPEC = """
 name = "toy"
 seed = 11
@@ -62,11 +69,6 @@ def ckptflip(*arguments: Any, timeout: float = 120) -> subprocess.CompletedProce
 
 def _environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parent.parent), str(HERE)])}
-
-
-def _heeds_interrupts() -> None:
-    """A shell makes what it starts in the background, these tests say, ignore them."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def run(spec: Path, store: Path, *more: Any, expect: int = 0) -> subprocess.CompletedProcess[str]:
@@ -126,7 +128,7 @@ def test_killed_ten_times_it_ends_with_the_same_values(tmp_path: Path) -> None:
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         # Once amid the clean runs, then each time that a few more trials are there.
-        deadline = time.monotonic() + (1.0 if kill == 0 else 30.0)
+        deadline = time.monotonic() + (1.0 if kill == 0 else 60.0)
         while process.poll() is None and time.monotonic() < deadline and _finished(store) < counts[-1] + 2:
             time.sleep(0.02)
         if kill % 3 == 2:
@@ -393,12 +395,14 @@ def test_an_interrupted_campaign_says_so_and_goes_on(tmp_path: Path) -> None:
     spec, store = written(tmp_path, options="slow = 0.2"), tmp_path / "runs.db"
     environment = _environment()
     process = subprocess.Popen(
-        command("run", spec, "--store", store), cwd=HERE, env=environment, text=True,
-        stderr=subprocess.PIPE, stdout=subprocess.PIPE, preexec_fn=_heeds_interrupts,
+        [sys.executable, "-c", HEEDING, "run", str(spec), "--store", str(store)], cwd=HERE, env=environment,
+        text=True, stderr=subprocess.PIPE, stdout=subprocess.PIPE,
     )  # fmt: skip
-    time.sleep(4)
+    deadline = time.monotonic() + 60
+    while process.poll() is None and not _finished(store) and time.monotonic() < deadline:
+        time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=30)
+    _, said = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in said, said
     run(spec, store)
     assert len(values(store)["trials"]) == 34

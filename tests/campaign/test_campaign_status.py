@@ -181,7 +181,7 @@ def test_watch_ends_when_the_campaign_does(store: Path) -> None:
             assert process.poll() is None
         for key in ("control", "stratified"):
             writer.stop_cell(key, "enough")
-        shown, _ = process.communicate(timeout=30)
+        shown, _ = process.communicate(timeout=60)
     assert process.returncode == 0
     assert "complete" in shown
 

@@ -120,7 +120,7 @@ def test_jobs_of_an_executor_set_up_otherwise_are_cancelled(opening: Open, tmp_p
     await_true(lambda: note.exists() and note.read_text(), 60)
     worker = int(note.read_text().split()[1])
     after = opening(folder=tmp_path / "spool", environment={"KERAS_BACKEND": "torch"})
-    await_true(lambda: not lives(worker), 5)
+    await_true(lambda: not lives(worker))
     assert set(own_states(after).values()) <= slurm_queue.ENDED
 
 

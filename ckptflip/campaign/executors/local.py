@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
@@ -25,8 +25,9 @@ from ckptflip.errors import CampaignError
 
 _TICK = 0.25  # seconds between two looks for workers that died without a word
 _MOST_FAILED_STARTS = 5  # in a row and per worker, before the jobs are given up
-_NEVER_BEGAN = "workers die before they take a job (exit code {})"
-_MOST_HANDS = 5  # times a job is handed out that no worker seems to have begun
+# What a start counts for that a signal ended: it shows no broken installation, but a kernel that is short of
+# memory may end the next one too.
+_KILLED_START = 0.25
 
 
 def start(
@@ -119,8 +120,7 @@ class Local:
         self._waiting: deque[Job] = deque()
         self._reports: queue.SimpleQueue[Report] = queue.SimpleQueue()
         self._outstanding = 0
-        self._failed_starts = 0
-        self._not_begun: Counter[str] = Counter()
+        self._failed_starts = 0.0
         self._closed = False
         self._lost: queue.SimpleQueue[tuple[_Slot, Future[bytes]] | None] = queue.SimpleQueue()
         self._keeper = threading.Thread(target=self._keep, name="ckptflip workers", daemon=True)
@@ -208,7 +208,6 @@ class Local:
 
     def _report(self, slot: _Slot, report: Report) -> None:
         slot.job = slot.future = None
-        self._not_begun.pop(report.key, None)
         losses.forget_mark(self._setting.folder, report.key)
         self._reports.put(report)
 
@@ -237,7 +236,8 @@ class Local:
             slot.open(self._setting)
         except Exception as error:  # no process, file or memory is to be had just now
             why = error.__cause__ or error
-            self._start_failed(f"no worker process can be started: {type(why).__name__}: {why}")
+            message = f"no worker process can be started: {type(why).__name__}: {why}"
+            self._start_failed(Loss(state="crashed", message=message))
         self._feed()
 
     def _look_after(self, slot: _Slot) -> None:
@@ -256,7 +256,7 @@ class Local:
         if future is not None:
             self._take_loss(slot, future)
         else:
-            self._start_failed(_NEVER_BEGAN.format(slot.exit_code()))
+            self._start_failed(losses.before_a_job(slot.exit_code()))
             self._open(slot)
 
     def _take_loss(self, slot: _Slot, future: Future[bytes]) -> None:
@@ -267,24 +267,22 @@ class Local:
             if future.done() and error is None:
                 return  # it answered before it died
             mark = losses.read_mark(self._setting.folder, job.key)
-            began = mark is not None or isinstance(error, TimeoutError)
-            self._not_begun[job.key] += not began
-            if began or self._not_begun[job.key] >= _MOST_HANDS:
+            began = mark is not None or _was_taken(future, error)
+            if began:
+                self._failed_starts = 0
                 self._report(slot, self._loss_report(slot, job, mark, error))
-            else:
+            else:  # no fault of the job's, however often
                 slot.job = slot.future = None
                 self._waiting.appendleft(job)
             slot.retire()
         if not began:
-            self._start_failed(_NEVER_BEGAN.format(slot.exit_code()))
+            self._start_failed(losses.before_a_job(slot.settled_exit_code()))
         self._open(slot)
 
     def _loss_report(self, slot: _Slot, job: Job, mark: Mark | None, error: BaseException | None) -> Report:
         said = losses.last_words(self._setting.folder, mark)
         if isinstance(error, TimeoutError):
             loss = losses.overdue(job, said)
-        elif mark is None:
-            loss = Loss(state="crashed", message=_NEVER_BEGAN.format(slot.exit_code()))
         else:
             loss = losses.from_exit(slot.settled_exit_code(), job, said)
         return Report(
@@ -295,10 +293,10 @@ class Local:
             seconds=time.monotonic() - slot.since,
         )
 
-    def _start_failed(self, why: str) -> None:
+    def _start_failed(self, loss: Loss) -> None:
         """Try again a little later, but not for ever: then the waiting jobs are lost, with the reason."""
         with self._lock:
-            self._failed_starts += 1
+            self._failed_starts += 1 if loss.signal is None else _KILLED_START
             if self._failed_starts <= _MOST_FAILED_STARTS * len(self._slots):
                 given_up: list[Job] = []
             else:
@@ -306,5 +304,12 @@ class Local:
                 self._waiting.clear()
                 self._failed_starts = 0
             for job in given_up:
-                self._reports.put(Report(key=job.key, loss=Loss(state="crashed", message=why)))
+                self._reports.put(Report(key=job.key, loss=loss))
         time.sleep(min(0.05 * self._failed_starts, 1.0))
+
+
+def _was_taken(future: Future[bytes], error: BaseException | None) -> bool:
+    """Whether Pebble heard that the worker had the job: for one that could leave no mark, on a full disk."""
+    from pebble import ProcessExpired
+
+    return future.running() or isinstance(error, TimeoutError | ProcessExpired)

@@ -46,11 +46,25 @@ def from_exit(code: int | None, job: Job, said: str = "") -> Loss:
     if code is None:
         return Loss(state="crashed", message=quoting("the worker is gone", said))
     if code < 0:
-        message = f"the worker was ended by {_signal_name(-code)}"
-        if -code == signal.SIGKILL:
-            message += ", as the kernel does when memory runs out"
+        message = f"the worker was ended by {_signal(-code)}"
         return Loss(state="crashed", signal=-code, message=quoting(message, said))
     return Loss(state="crashed", message=quoting(f"the worker exited with code {code} amid the job", said))
+
+
+def before_a_job(code: int | None) -> Loss:
+    """What jobs are lost with when workers end again and again before they take one.
+
+    Example:
+        >>> before_a_job(1).message
+        'workers die before they take a job (exit code 1)'
+        >>> before_a_job(-11)
+        Loss(state='crashed', signal=11, message='workers die before they take a job, by SIGSEGV')
+    """
+    if code is not None and code < 0:
+        return Loss(
+            state="crashed", signal=-code, message=f"workers die before they take a job, by {_signal(-code)}"
+        )
+    return Loss(state="crashed", message=f"workers die before they take a job (exit code {code})")
 
 
 def overdue(job: Job, said: str = "") -> Loss:
@@ -77,8 +91,9 @@ def quoting(message: str, said: str) -> str:
     return f"{message}; its log ends with:\n{said}" if said else message
 
 
-def _signal_name(number: int) -> str:
+def _signal(number: int) -> str:
     try:
-        return signal.Signals(number).name
+        name = signal.Signals(number).name
     except ValueError:
         return f"signal {number}"
+    return f"{name}, as the kernel does when memory runs out" if number == signal.SIGKILL else name
