@@ -17,7 +17,7 @@ import numpy as np
 
 from ckptflip.errors import UsageError
 from ckptflip.recsys import measures, recipes
-from ckptflip.recsys.models.configurations import Configuration, Dummy, Sizes, configuration
+from ckptflip.recsys.models.configurations import Configuration, Dummy, configuration
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ckptflip.recsys.quantised_workload import ServedWorkload
     from ckptflip.training.pytorch import Data, TorchWorkload
 
-_RATE, _DECAY, _BATCH = 1e-3, 1e-6, 4096
+_EMBEDDING, _DROPOUT, _RATE, _DECAY, _BATCH = 16, 0.2, 1e-3, 1e-6, 4096
 _TEST_BATCH = 4096
 
 
@@ -200,11 +200,16 @@ def _study(
     from ckptflip.training.pytorch import TorchWorkload
 
     build: Callable[..., Any] = getattr(import_module(f"ckptflip.recsys.models.{module}"), model)
-    given = {name: v for name in ("embedding", "dropout") if (v := getattr(chosen, name)) is not None}
+    given = dict(arguments or {}, embedding=chosen.embedding or _EMBEDDING)
+    if has_dropout:
+        given["dropout"] = _DROPOUT if chosen.dropout is None else chosen.dropout
+
+    def made() -> Any:
+        return build(*recipe.form, **given)
 
     return TorchWorkload(
         recipe.name,
-        model=lambda: build(Sizes(*recipe.form, **given), **arguments or {}),
+        model=made,
         optimizer=lambda p: torch.optim.Adam(p, lr=chosen.rate or _RATE, weight_decay=_DECAY),
         loss=_loss,
         data=lambda: _tensors(recipe),

@@ -46,9 +46,7 @@ def test_names_of_policies(name):
 
 
 def test_another_name_lists_the_policies():
-    with pytest.raises(
-        UsageError, match="'ignore' is no policy; there are: raise, count, recompute"
-    ):
+    with pytest.raises(UsageError, match="'ignore' is no policy; there are: raise, count, recompute"):
         policy("ignore")
 
 

@@ -12,13 +12,13 @@ torch = pytest.importorskip("torch")
 from ckptflip import torch_h5  # noqa: E402
 from ckptflip.checkpoints import opened  # noqa: E402
 from ckptflip.errors import UsageError  # noqa: E402
-from ckptflip.recsys.models.configurations import CONFIGURATIONS, Dummy, Sizes, configuration  # noqa: E402
+from ckptflip.recsys.models.configurations import CONFIGURATIONS, Dummy, configuration  # noqa: E402
 from ckptflip.recsys.models.crossing import Dcn, WideDeep  # noqa: E402
 from ckptflip.recsys.models.dlrm import Dlrm, dummy  # noqa: E402
 from ckptflip.recsys.models.factorisation import Afm, DeepFm, Fm  # noqa: E402
 
 SIZES, DENSE, ROWS = (7, 3, 11), 2, 5
-STUDY = [Fm, DeepFm, Afm, WideDeep, Dcn, lambda sizes: Dcn(sizes, version=2)]
+STUDY = [Fm, DeepFm, Afm, WideDeep, Dcn, lambda *given: Dcn(*given, version=2)]
 NAMES = ["fm", "deepfm", "afm", "wide-deep", "dcn", "dcn-v2"]
 
 
@@ -27,10 +27,6 @@ def sample(dense=DENSE, sizes=SIZES, bag=None):
     shape = (ROWS, len(sizes)) if bag is None else (ROWS, len(sizes), bag)
     ids = np.stack([draws.integers(0, size, shape[:1] + shape[2:]) for size in sizes], axis=1)
     return torch.from_numpy(draws.random((ROWS, dense), np.float32)), torch.from_numpy(ids)
-
-
-def small_dlrm(sizes):
-    return Dlrm(sizes.tables, sizes.dense, 4, (4,), (1,))
 
 
 def randomised(model):
@@ -156,7 +152,7 @@ def test_the_reference_s_first_values():
 
 
 def test_fm_is_the_sum_over_all_pairs():
-    model = randomised(Fm(Sizes(SIZES, DENSE, 4)))
+    model = randomised(Fm(SIZES, DENSE, 4))
     (x, ids), state = sample(), arrays(model)
     given, places = x.double().numpy(), ids.numpy()
     expected = first_order(state, given, places) + pair_sums(fields(state, given, places))
@@ -165,7 +161,7 @@ def test_fm_is_the_sum_over_all_pairs():
 
 
 def test_deepfm_adds_a_deep_part():
-    model = randomised(DeepFm(Sizes(SIZES, DENSE, 4)))
+    model = randomised(DeepFm(SIZES, DENSE, 4))
     (x, ids), state = sample(), arrays(model)
     given, places = x.double().numpy(), ids.numpy()
     vectors = fields(state, given, places)
@@ -176,7 +172,7 @@ def test_deepfm_adds_a_deep_part():
 
 
 def test_afm_weighs_the_pairs_by_attention():
-    model = randomised(Afm(Sizes(SIZES, DENSE, 4)))
+    model = randomised(Afm(SIZES, DENSE, 4))
     (x, ids), state = sample(), arrays(model)
     given, places = x.double().numpy(), ids.numpy()
     vectors = fields(state, given, places)
@@ -192,7 +188,7 @@ def test_afm_weighs_the_pairs_by_attention():
 def test_afm_in_parts_is_afm_at_once(monkeypatch):
     from ckptflip.recsys.models import factorisation
 
-    model = randomised(Afm(Sizes(SIZES, DENSE, 4)))
+    model = randomised(Afm(SIZES, DENSE, 4))
     x, ids = sample()
     with torch.no_grad():
         whole = model(x.double(), ids)
@@ -201,7 +197,7 @@ def test_afm_in_parts_is_afm_at_once(monkeypatch):
 
 
 def test_wide_deep_adds_first_order_and_deep():
-    model = randomised(WideDeep(Sizes(SIZES, DENSE, 4)))
+    model = randomised(WideDeep(SIZES, DENSE, 4))
     (x, ids), state = sample(), arrays(model)
     given, places = x.double().numpy(), ids.numpy()
     flat = np.concatenate([looked_up(state, places).reshape(ROWS, -1), given], axis=1)
@@ -212,7 +208,7 @@ def test_wide_deep_adds_first_order_and_deep():
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_dcn_crosses_its_input(version):
-    model = randomised(Dcn(Sizes(SIZES, DENSE, 4), version=version))
+    model = randomised(Dcn(SIZES, DENSE, 4, version=version))
     (x, ids), state = sample(), arrays(model)
     start = np.concatenate([looked_up(state, ids.numpy()).reshape(ROWS, -1), x.double().numpy()], axis=1)
     crossed = start
@@ -231,7 +227,7 @@ def test_dcn_crosses_its_input(version):
 @pytest.mark.parametrize("model", STUDY, ids=NAMES)
 @pytest.mark.parametrize("dense", [0, 2])
 def test_study_models_take_bags_and_logs_without_dense_features(model, dense):
-    made = model(Sizes(SIZES, dense))
+    made = model(SIZES, dense)
     outputs = made(*sample(dense, bag=2))
     outputs.sum().backward()
     assert outputs.shape == (ROWS,)
@@ -246,9 +242,9 @@ def test_a_nan_reaches_the_rows_that_read_it_alone():
         assert torch.equal(model(x, ids).isnan(), ids[:, 1] == 2)
 
 
-@pytest.mark.parametrize("model", [small_dlrm, *STUDY], ids=["dlrm", *NAMES])
+@pytest.mark.parametrize("model", [lambda *given: Dlrm(*given, 4, (4,), (1,)), *STUDY], ids=["dlrm", *NAMES])
 def test_tables_have_the_role_embedding(tmp_path, model):
-    torch_h5.save({"model": model(Sizes(SIZES, DENSE)).state_dict()}, tmp_path / "c.h5")
+    torch_h5.save({"model": model(SIZES, DENSE).state_dict()}, tmp_path / "c.h5")
     with opened(tmp_path / "c.h5") as target:
         roles = {tensor.name.removeprefix("model/"): tensor.role for tensor in target.tensors}
     tables = {name for name in roles if "emb" in name}
@@ -278,11 +274,10 @@ def test_the_dummy_model_has_the_study_s_sizes():
         (lambda: Dlrm((3, 0), 2, 4, (4,), (1,)), "1 or more"),
         (lambda: Dlrm((3,), 2, 4, (8,), (1,)), "ends in 8 units and the tables have 4 columns"),
         (lambda: Dlrm((3,), 2, 4, (4,), (2,)), "ends in 1 unit, not 2"),
-        (lambda: Sizes((), 2), "0 tables"),
-        (lambda: Sizes((3,), -1), "-1 dense features"),
-        (lambda: Sizes((3,), 2, mlp=()), "hidden layers"),
-        (lambda: Sizes((3,), 2, dropout=1.0), "dropout"),
-        (lambda: Dcn(Sizes((3,), 2), version=3), "version 1 or 2"),
+        (lambda: Fm((), 2), "0 tables"),
+        (lambda: DeepFm((3,), 2, mlp=()), "hidden layers"),
+        (lambda: DeepFm((3,), 2, dropout=1.0), "dropout"),
+        (lambda: Dcn((3,), 2, version=3), "version 1 or 2"),
         (lambda: Dummy(sparsity=0.0), "sparsity"),
         (lambda: Dummy(layers=0), "1 or more"),
         (lambda: configuration("large"), "small, kaggle, terabyte, not 'large'"),

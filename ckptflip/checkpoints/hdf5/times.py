@@ -133,9 +133,7 @@ def lookup3(data: bytes | bytearray) -> int:
     a = b = c = 0xDEADBEEF + len(data) & 0xFFFFFFFF
     if not data:
         return c
-    words: tuple[int, ...] = struct.unpack(
-        f"<{-(-len(data) // 12) * 3}I", bytes(data) + b"\0" * (-len(data) % 12)
-    )
+    words = struct.unpack(f"<{-(-len(data) // 12) * 3}I", bytes(data) + b"\0" * (-len(data) % 12))
     for i in range(0, len(words) - 3, 3):
         a, b, c = a + words[i], b + words[i + 1], c + words[i + 2]
         for by in (4, 6, 8, 16, 19, 4):

@@ -1,4 +1,5 @@
 // The module `_kernels`: its table of functions. Each group of kernels has a source file of its own.
+#include "gemm.h"
 #include "kernels.h"
 
 namespace ckptflip {
@@ -27,6 +28,8 @@ PyObject *name_of_isa(PyObject *, PyObject *) {
 
 PyMethodDef methods[] = {
     {"isa", name_of_isa, METH_NOARGS, "The instructions in use: avx512, avx2 or generic."},
+    {"gemm_float_rows", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(gemm_float_rows)), METH_FASTCALL,
+     "How many rows of a float product do not hold."},
     {nullptr, nullptr, 0, nullptr},
 };
 

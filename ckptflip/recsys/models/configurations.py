@@ -1,12 +1,11 @@
-"""Sizes and recipes of DLRM, of the reference for Criteo and a small one; sizes of the other models.
+"""Sizes and recipes of DLRM: the reference's for Criteo Kaggle and Terabyte, a small one, a dummy model.
 
 Sources: Naumov et al., "Deep learning recommendation model for personalization and recommendation systems"
-(arXiv 1906.00091) and its open-source reference; for the others, the public code of Terrorch.
+(arXiv 1906.00091) and its open-source reference; for the dummy model, the public code of Terrorch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ckptflip.errors import UsageError
@@ -47,39 +46,6 @@ CONFIGURATIONS = {
         embedding=64, bottom=(512, 256, 64), top=(512, 512, 256, 1), rate=0.1, batch=2048, modulo=10_000_000
     ),
 }  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class Sizes:
-    """How large FM, DeepFM, AFM, Wide&Deep and DCN are; the defaults are the study's.
-
-    Attributes:
-        tables: rows of each table.
-        dense: dense features per sample; 0 for none.
-        embedding: columns of every table.
-        mlp: units of the hidden layers of a deep part.
-        dropout: after each of these; of AFM, on the pairs' weights and on their weighted sum.
-
-    Raises:
-        UsageError: a size that makes no sense.
-    """
-
-    tables: Sequence[int]
-    dense: int
-    embedding: int = 16
-    mlp: Sequence[int] = (16, 16)
-    dropout: float = 0.2
-
-    def __post_init__(self) -> None:
-        if not self.tables or min(*self.tables, self.embedding, self.dense + 1, 1) < 1:
-            raise UsageError(
-                f"a model has tables of 1 or more rows and columns, and 0 or more dense features: "
-                f"{len(self.tables)} tables, {self.embedding} columns, {self.dense} dense features"
-            )
-        if not self.mlp or min(self.mlp) < 1:
-            raise UsageError(f"hidden layers have 1 or more units, not {tuple(self.mlp)}")
-        if not 0 <= self.dropout < 1:
-            raise UsageError(f"dropout is 0 or more and below 1, not {self.dropout}")
 
 
 @dataclass(frozen=True, slots=True)

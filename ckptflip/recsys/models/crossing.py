@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ckptflip.errors import MissingExtraError, UsageError
 
 try:
@@ -10,22 +12,39 @@ try:
 except ImportError as error:
     raise MissingExtraError("torch", "torch", "The recommendation models") from error
 
-from ckptflip.recsys.models.configurations import Sizes
 from ckptflip.recsys.models.fields import Fields, hidden
 
 
 class WideDeep(Fields):
-    """Wide&Deep (Cheng et al., DLRS 2016): first order, without crossed features, and a deep part."""
+    """Wide&Deep (Cheng et al., DLRS 2016): first order, without crossed features, and a deep part.
 
-    HAS_DENSE_FIELDS = False
+    Args:
+        sizes: rows of each table.
+        dense: dense features per sample; 0 for none.
+        embedding: columns of every table.
+        mlp: units of the hidden layers.
+        dropout: after each of them.
 
-    def __init__(self, sizes: Sizes) -> None:
-        super().__init__(sizes)
-        self.mlp = hidden(self.flat_width, sizes.mlp, sizes.dropout)
-        self.out = nn.Linear(sizes.mlp[-1], 1)
+    Example:
+        >>> model = WideDeep((10, 20), dense=3)
+        >>> model(torch.rand(5, 3), torch.zeros(5, 2, dtype=torch.int64)).shape
+        torch.Size([5])
+    """
+
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        dense: int,
+        embedding: int = 16,
+        mlp: Sequence[int] = (16, 16),
+        dropout: float = 0.2,
+    ) -> None:
+        super().__init__(sizes, dense, embedding, first_order=True, dense_fields=False)
+        self.mlp = hidden(self.flat_width, mlp, dropout)
+        self.out = nn.Linear(mlp[-1], 1)
 
     def forward(self, dense: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """Logits, as `Fields` says."""
+        """Logits float[n] of dense float[n, dense] and ids int64[n, tables] or [n, tables, bag]."""
         deep: torch.Tensor = self.out(self.mlp(self.flat(dense, ids))).squeeze(1)
         return self.first_order(dense, ids) + deep
 
@@ -37,32 +56,40 @@ class Dcn(Fields):
     version 2 (Wang et al., WWW 2021, parallel) x' = x0 ⊙ (W x + b) + x with a full matrix W.
 
     Args:
-        sizes: how large it is.
+        sizes: rows of each table.
+        dense: dense features per sample; 0 for none.
+        embedding: columns of every table.
+        mlp: units of the deep part's layers.
+        dropout: after each of them.
         crosses: cross layers.
         version: 1 or 2.
 
-    Raises:
-        UsageError: another version, or no cross layers.
-
     Example:
-        >>> model = Dcn(Sizes((10, 20), dense=3), version=2)
+        >>> model = Dcn((10, 20), dense=3, version=2)
         >>> model(torch.rand(5, 3), torch.zeros(5, 2, dtype=torch.int64)).shape
         torch.Size([5])
     """
 
-    HAS_FIRST_ORDER = HAS_DENSE_FIELDS = False
-
-    def __init__(self, sizes: Sizes, crosses: int = 3, version: int = 1) -> None:
-        super().__init__(sizes)
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        dense: int,
+        embedding: int = 16,
+        mlp: Sequence[int] = (16, 16),
+        dropout: float = 0.2,
+        crosses: int = 3,
+        version: int = 1,
+    ) -> None:
+        super().__init__(sizes, dense, embedding, first_order=False, dense_fields=False)
         if version not in (1, 2) or crosses < 1:
             raise UsageError(f"a DCN is of version 1 or 2 and has cross layers, not {version} and {crosses}")
         cross = VectorCross if version == 1 else MatrixCross
         self.cross_l = nn.ModuleList(cross(self.flat_width) for _ in range(crosses))
-        self.mlp = hidden(self.flat_width, sizes.mlp, sizes.dropout)
-        self.out = nn.Linear(self.flat_width + sizes.mlp[-1], 1)
+        self.mlp = hidden(self.flat_width, mlp, dropout)
+        self.out = nn.Linear(self.flat_width + mlp[-1], 1)
 
     def forward(self, dense: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """Logits, as `Fields` says."""
+        """Logits float[n] of dense float[n, dense] and ids int64[n, tables] or [n, tables, bag]."""
         start = crossed = self.flat(dense, ids)
         for layer in self.cross_l:
             crossed = layer(start, crossed)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ckptflip.errors import MissingExtraError
+from ckptflip.errors import MissingExtraError, UsageError
 
 try:
     import torch
@@ -12,7 +12,6 @@ try:
 except ImportError as error:
     raise MissingExtraError("torch", "torch", "The recommendation models") from error
 
-from ckptflip.recsys.models.configurations import Sizes
 from ckptflip.recsys.models.dlrm import look_up
 
 # Rendle, "Factorization machines with libFM" (2012), draws factors from a narrow normal distribution.
@@ -20,33 +19,34 @@ _SPREAD = 0.01
 
 
 class Fields(nn.Module):  # type: ignore[misc]
-    """A model with tables of its categorical fields, and with what stands for its dense features.
+    """Tables of a model's categorical fields, and what stands for its dense features.
 
-    ``emb_l.N`` are the tables. With `HAS_FIRST_ORDER`, ``linear_emb.N`` are tables of one column and
-    ``linear`` is a weight per dense feature and a bias. With `HAS_DENSE_FIELDS`, every dense feature x_i is a
-    field of its own, whose vector is x_i times row i of ``dense_l.weight``, as in Rendle's factorisation
-    machines.
-
-    A model is called with dense features float[n, dense] and ids int64[n, tables], or [n, tables, bag] where
-    a sample looks up several rows of a table, which are summed; it gives logits float[n].
+    ``emb_l.N`` are the tables. With `first_order`, ``linear_emb.N`` are tables of one column and ``linear``
+    is a weight per dense feature and a bias. With `dense_fields`, every dense feature x_i is a field of its
+    own, whose vector is x_i times row i of ``dense_l.weight``, as in Rendle's factorisation machines.
 
     Args:
-        sizes: how large it is.
+        sizes: rows of each table.
+        dense: dense features per sample; 0 for none.
+        embedding: columns of every table.
     """
 
-    HAS_FIRST_ORDER = True
-    HAS_DENSE_FIELDS = True
-
-    def __init__(self, sizes: Sizes) -> None:
+    def __init__(
+        self, sizes: Sequence[int], dense: int, embedding: int, *, first_order: bool, dense_fields: bool
+    ) -> None:
         super().__init__()
-        tables, dense, columns = sizes.tables, sizes.dense, sizes.embedding
-        self.emb_l = nn.ModuleList(_table(rows, columns, _SPREAD) for rows in tables)
-        self.dense_l = Scaled(dense, columns) if dense and self.HAS_DENSE_FIELDS else None
-        if self.HAS_FIRST_ORDER:
-            self.linear_emb = nn.ModuleList(_table(rows, 1, 0.0) for rows in tables)
+        if not sizes or min(*sizes, embedding, dense + 1, 1) < 1:
+            raise UsageError(
+                f"a model has tables of 1 or more rows and columns, and 0 or more dense features: "
+                f"{len(sizes)} tables, {embedding} columns, {dense} dense features"
+            )
+        self.emb_l = nn.ModuleList(_table(rows, embedding, _SPREAD) for rows in sizes)
+        self.dense_l = Scaled(dense, embedding) if dense and dense_fields else None
+        if first_order:
+            self.linear_emb = nn.ModuleList(_table(rows, 1, 0.0) for rows in sizes)
             self.linear = Linear(dense)
-        self.count = len(tables) + (dense if self.HAS_DENSE_FIELDS else 0)
-        self.flat_width = len(tables) * columns + dense
+        self.count = len(sizes) + (dense if dense_fields else 0)
+        self.flat_width = len(sizes) * embedding + dense
 
     def first_order(self, dense: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """The weighted sum of all features and the bias: float[n]."""
@@ -89,7 +89,15 @@ class Linear(nn.Module):  # type: ignore[misc]
 
 
 def hidden(inputs: int, units: Sequence[int], dropout: float) -> nn.Sequential:
-    """Linear layers, each with a ReLU and dropout behind it."""
+    """Linear layers, each with a ReLU and dropout behind it.
+
+    Raises:
+        UsageError: no layers, a size below 1, or a dropout that is no share.
+    """
+    if not units or min(units) < 1:
+        raise UsageError(f"hidden layers have 1 or more units, not {tuple(units)}")
+    if not 0 <= dropout < 1:
+        raise UsageError(f"dropout is 0 or more and below 1, not {dropout}")
     layers: list[nn.Module] = []
     for before, after in zip([inputs, *units[:-1]], units, strict=True):
         layers += [nn.Linear(before, after), nn.ReLU(), nn.Dropout(dropout)]

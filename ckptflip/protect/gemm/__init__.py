@@ -1,0 +1,1 @@
+"""Matrix products that check themselves: float products by row checksums (`floats`)."""
