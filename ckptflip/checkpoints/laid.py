@@ -12,10 +12,10 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptflip.checkpoints import patch, seals
+from ckptflip.checkpoints import patch, stored_crcs
 from ckptflip.checkpoints.patch import Patch
 from ckptflip.checkpoints.pieces import Layout, is_plain, located
-from ckptflip.checkpoints.seals import Seal
+from ckptflip.checkpoints.stored_crcs import StoredCrc
 from ckptflip.checkpoints.target import Changes, NewFile, Prepared, Skipped
 from ckptflip.errors import CheckpointError, UsageError
 from ckptflip.faults.catalogue import Tensor
@@ -62,7 +62,7 @@ class LaidOut:
         tensors: the catalogue; names are unique.
         layouts: where the words of each tensor lie.
         skipped: what the catalogue leaves out.
-        seals: stored CRCs, innermost first.
+        crcs: stored CRCs, innermost first.
         blobs: what is stored coded.
         folder: the folder that is the checkpoint, if one is.
         renaming: names of all files for another name of the checkpoint; needed where there are several files
@@ -81,7 +81,7 @@ class LaidOut:
         layouts: Sequence[Layout],
         *,
         skipped: Sequence[Skipped] = (),
-        seals: Sequence[Seal] = (),
+        crcs: Sequence[StoredCrc] = (),
         blobs: Blobs | None = None,
         folder: Path | None = None,
         renaming: Renaming | None = None,
@@ -93,7 +93,7 @@ class LaidOut:
         self.tensors = tensors
         self.skipped = skipped
         self.layouts = layouts
-        self.seals = seals
+        self.crcs = crcs
         self.blobs = blobs
         self.renaming = renaming
         self._open: OrderedDict[int, int] = OrderedDict()
@@ -160,14 +160,16 @@ class LaidOut:
             raise CheckpointError(f"{name} cannot be altered in place; write a new checkpoint with -o")
         patches = [Patch(targets[f], d, at, masks) for f, d, at, masks in data]
         entries: list[ChecksumEntry] = []
-        if checksum == "repair" and self.seals:
+        if checksum == "repair" and self.crcs:
             with self._descriptors() as descriptors:
                 entries = (
-                    seals.updated(self.seals, [(f, Patch("", d, at, m)) for f, d, at, m in data], descriptors)
+                    stored_crcs.updated(
+                        self.crcs, [(f, Patch("", d, at, m)) for f, d, at, m in data], descriptors
+                    )
                     if recorded is None
-                    else seals.restored(self.seals, recorded, descriptors)
+                    else stored_crcs.restored(self.crcs, recorded, descriptors)
                 )
-            patches += seals.as_patches(entries, targets)
+            patches += stored_crcs.as_patches(entries, targets)
         finish = None
         if coded:
             finish = lambda: self._recode(coded, [Path(t) for t in targets], checksum)  # noqa: E731

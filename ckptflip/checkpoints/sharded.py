@@ -16,7 +16,7 @@ from msgspec.structs import replace
 from ckptflip.checkpoints import shard_index
 from ckptflip.checkpoints.laid import LaidOut
 from ckptflip.checkpoints.pieces import Layout
-from ckptflip.checkpoints.seals import Seal
+from ckptflip.checkpoints.stored_crcs import StoredCrc
 from ckptflip.checkpoints.target import NewFile, Skipped
 from ckptflip.errors import CheckpointError
 from ckptflip.faults.catalogue import Tensor
@@ -40,7 +40,7 @@ class _Merged(Struct):
     tensors: list[Tensor] = field(default_factory=list)
     layouts: list[Layout] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
-    seals: list[Seal] = field(default_factory=list)
+    crcs: list[StoredCrc] = field(default_factory=list)
     present: set[str] = field(default_factory=set)
 
 
@@ -86,7 +86,7 @@ def merged(path: Path, weight_map: Mapping[str, str], shards: Sequence[LaidOut])
         found.tensors,
         found.layouts,
         skipped=found.skipped,
-        seals=found.seals,
+        crcs=found.crcs,
         renaming=lambda out: _renamed(path, found.files, out),
     )
 
@@ -148,7 +148,7 @@ def _add(found: _Merged, shard: LaidOut, weight_map: Mapping[str, str]) -> None:
         found.present.update(named)
     found.skipped.extend(shard.skipped)
     found.present.update(s.name for s in shard.skipped if weight_map.get(s.name) == shard.path.name)
-    found.seals.extend(_seal_shifted(s, by) for s in shard.seals)
+    found.crcs.extend(_crc_shifted(s, by) for s in shard.crcs)
     found.files.extend(shard.files)
 
 
@@ -156,8 +156,8 @@ def _layout_shifted(layout: Layout, by: int) -> Layout:
     return replace(layout, pieces=tuple(replace(p, file=p.file + by) for p in layout.pieces))
 
 
-def _seal_shifted(seal: Seal, by: int) -> Seal:
-    return replace(seal, file=seal.file + by, places=tuple((f + by, at) for f, at in seal.places))
+def _crc_shifted(stored: StoredCrc, by: int) -> StoredCrc:
+    return replace(stored, file=stored.file + by, places=tuple((f + by, at) for f, at in stored.places))
 
 
 def _renamed(path: Path, files: Sequence[Path], out: Path) -> list[NewFile]:

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckptflip.bits import lookup
-from ckptflip.checkpoints import crc, seals
+from ckptflip.checkpoints import crc, stored_crcs
 from ckptflip.checkpoints.laid import LaidOut
 from ckptflip.checkpoints.patch import Patch, apply_patches
 from ckptflip.checkpoints.pieces import Layout, Piece, contiguous, located, strides_of
-from ckptflip.checkpoints.seals import Seal
+from ckptflip.checkpoints.stored_crcs import StoredCrc
 from ckptflip.checkpoints.target import Changes
 from ckptflip.errors import CheckpointError, RecordError
 from ckptflip.faults.catalogue import Tensor
@@ -113,20 +113,20 @@ def test_words_that_no_piece_holds(tmp_path):
         target.read(0, np.array([3]))
 
 
-class TestSeals:
+class TestStoredCrcs:
     """Eight data bytes; the CRC of them at byte 8; a CRC over data and first CRC at byte 12."""
 
-    SEALS = (
-        Seal("crc32", 0, 0, 8, ((0, 8),)),
-        Seal("crc32c", 0, 0, 12, ((0, 12),), masked=True),
+    CRCS = (
+        StoredCrc("crc32", 0, 0, 8, ((0, 8),)),
+        StoredCrc("crc32c", 0, 0, 12, ((0, 12),), masked=True),
     )
 
     def sealed(self, data: bytes) -> bytes:
         inner = data + zlib.crc32(data).to_bytes(4, "little")
         return inner + crc.mask(crc.checksum("crc32c", inner)).to_bytes(4, "little")
 
-    def target(self, tmp_path: Path, data: bytes, table=SEALS) -> LaidOut:
-        return laid(tmp_path, data, contiguous(0, 0, U8, (8,)), (8,), seals=table)
+    def target(self, tmp_path: Path, data: bytes, table=CRCS) -> LaidOut:
+        return laid(tmp_path, data, contiguous(0, 0, U8, (8,)), (8,), crcs=table)
 
     def altered(self, target: LaidOut, checksum: str = "repair") -> tuple[bytes, tuple[ChecksumEntry, ...]]:
         prepared = target.prepare(changes([1, 7], [0x80, 1]), checksum)
@@ -151,7 +151,7 @@ class TestSeals:
         assert zlib.crc32(found[:8]) ^ 0x10 == int.from_bytes(found[8:12], "little")
 
     def test_zero_may_mean_none(self, tmp_path):
-        table = (Seal("crc32", 0, 0, 8, ((0, 8),), zero_is_none=True),)
+        table = (StoredCrc("crc32", 0, 0, 8, ((0, 8),), zero_is_none=True),)
         found, entries = self.altered(self.target(tmp_path, b"checksum" + bytes(8), table))
         assert (found[8:], entries) == (bytes(8), ())
 
@@ -207,8 +207,8 @@ def test_many_bytes_of_a_crc_at_once():
     assert zlib.crc32(old) ^ change == zlib.crc32(new)
 
 
-def test_seals_that_are_not_touched_cost_no_read():
-    table = [Seal("crc32", 0, 16 * i, 8, ((0, 16 * i + 8),)) for i in range(1000)]
+def test_crcs_that_are_not_touched_cost_no_read():
+    table = [StoredCrc("crc32", 0, 16 * i, 8, ((0, 16 * i + 8),)) for i in range(1000)]
     read: list[int] = []
 
     class Descriptors(dict):
@@ -217,5 +217,5 @@ def test_seals_that_are_not_touched_cost_no_read():
             raise KeyError
 
     patch = Patch("", np.dtype("u1"), np.array([12]), np.array([1], np.uint8))
-    assert seals.updated(table, [(0, patch)], Descriptors()) == []
+    assert stored_crcs.updated(table, [(0, patch)], Descriptors()) == []
     assert read == []

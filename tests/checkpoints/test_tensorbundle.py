@@ -448,13 +448,13 @@ class TestChecksums:
         save(tmp_path / "many", {n: tf.fill((3,), float(i)) for i, n in enumerate(names)})
         checkpoint = open_checkpoint(tmp_path / "many")
         stored = [f.read_bytes() for f in checkpoint.files]
-        inner = [s for s in checkpoint.seals if s.file]
-        blocks = [s for s in checkpoint.seals if not s.file]
+        inner = [s for s in checkpoint.crcs if s.file]
+        blocks = [s for s in checkpoint.crcs if not s.file]
         assert (len(inner), len(blocks) > 1) == (4000, True)
-        assert checkpoint.seals == [*inner, *blocks]
-        for seal in checkpoint.seals:
-            ((file, at),) = seal.places
-            data = stored[seal.file][seal.start : seal.start + seal.length]
+        assert checkpoint.crcs == [*inner, *blocks]
+        for each in checkpoint.crcs:
+            ((file, at),) = each.places
+            data = stored[each.file][each.start : each.start + each.length]
             assert struct.unpack_from("<I", stored[file], at)[0] == masked(data)
         hit = [names[0], names[2000], names[-1]]
         ckptflip.inject(tmp_path / "many", in_place=True, tensors=hit, bits="31", count=9)
@@ -476,10 +476,10 @@ class TestChecksums:
         checkpoint = open_checkpoint(out)
         kernel = next(i for i, t in enumerate(checkpoint.tensors) if t.name == "net/hidden/kernel")
         offset = checkpoint.tensors[kernel].offset
-        seal = next(s for s in checkpoint.seals if (s.file, s.start) == (1, offset))
+        stored = next(s for s in checkpoint.crcs if (s.file, s.start) == (1, offset))
         raw = bytearray(index.read_bytes())
-        new = masked(data.read_bytes()[offset : offset + seal.length])
-        raw[seal.places[0][1] : seal.places[0][1] + 4] = struct.pack("<I", new)
+        new = masked(data.read_bytes()[offset : offset + stored.length])
+        raw[stored.places[0][1] : stored.places[0][1] + 4] = struct.pack("<I", new)
         index.write_bytes(raw)
         with pytest.raises(tf.errors.OpError, match="block checksum mismatch"):
             tf.train.load_checkpoint(str(out))

@@ -379,7 +379,7 @@ def test_all_protocols(saved):
         assert all_words(found, "w").tolist() == words_of(state["w"]).tolist()
 
 
-def seals_match(found):
+def crcs_match(found):
     """Whether every stored CRC is that of the member it covers."""
     import zlib
 
@@ -389,15 +389,15 @@ def seals_match(found):
             int.from_bytes(data[at : at + 4], "little") == zlib.crc32(data[s.start : s.start + s.length])
             for _, at in s.places
         )
-        for s in found.seals
+        for s in found.crcs
     ]
 
 
 def test_crcs(saved):
     found = saved({"a": torch.ones(3), "b": torch.ones(4)})
-    assert seals_match(found) == [True, True]
-    assert [len(s.places) for s in found.seals] == [2, 2]
-    assert all(s.zero_is_none for s in found.seals)
+    assert crcs_match(found) == [True, True]
+    assert [len(s.places) for s in found.crcs] == [2, 2]
+    assert all(s.zero_is_none for s in found.crcs)
 
 
 def test_files_without_crcs(saved):
@@ -407,7 +407,7 @@ def test_files_without_crcs(saved):
     finally:
         torch.serialization.set_crc32_options(True)
     data = found.path.read_bytes()
-    assert [data[at : at + 4] for s in found.seals for _, at in s.places] == [bytes(4)] * 2
+    assert [data[at : at + 4] for s in found.crcs for _, at in s.places] == [bytes(4)] * 2
 
 
 def rewritten(path: Path, change, compression=zipfile.ZIP_STORED) -> Path:
@@ -594,7 +594,7 @@ def test_all_bytes_of_the_file_but_the_words_and_crcs_stay(tmp_path):
     before, after = path.read_bytes(), out.read_bytes()
     different = [i for i, (x, y) in enumerate(zip(before, after, strict=True)) if x != y]
     found = open_checkpoint(path)
-    allowed = {at + i for _, at in found.seals[1].places for i in range(4)}
+    allowed = {at + i for _, at in found.crcs[1].places for i in range(4)}
     start = found.tensors[1].offset
     assert [i for i in different if i not in allowed and not start <= i < start + 400] == []
     assert len(different) <= 9

@@ -15,14 +15,14 @@ import numpy as np
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from ckptflip.checkpoints import files, patch, seals, zip_rewrite
+from ckptflip.checkpoints import files, patch, stored_crcs, zip_rewrite
 from ckptflip.checkpoints.files import open_plain
 from ckptflip.checkpoints.hdf5.target import HDF5Checkpoint
 from ckptflip.checkpoints.hdf5.window import Window
 from ckptflip.checkpoints.keras import config
 from ckptflip.checkpoints.keras.marks import Marks
 from ckptflip.checkpoints.keras.names import renamed
-from ckptflip.checkpoints.seals import Seal
+from ckptflip.checkpoints.stored_crcs import StoredCrc
 from ckptflip.checkpoints.target import Changes, NewFile, Prepared, Skipped
 from ckptflip.checkpoints.zips import DEFLATED, STORED, Member, Members, members
 from ckptflip.errors import CheckpointError
@@ -119,17 +119,17 @@ class Archive:
         made = self._weights.prepare(changes, checksum, paths)
         if checksum != "repair":
             return made
-        seal = Seal(
+        stored = StoredCrc(
             "crc32", 0, self._member.offset, self._member.size, tuple((0, p) for p in self._member.crc_places)
         )
         descriptors = {0: self._file.fileno()}
         entries = (
-            seals.updated([seal], [(0, p) for p in made.patches], descriptors)
+            stored_crcs.updated([stored], [(0, p) for p in made.patches], descriptors)
             if not recorded
-            else seals.restored([seal], recorded, descriptors)
+            else stored_crcs.restored([stored], recorded, descriptors)
         )
         target = self.path if paths is None else paths[0]
-        return Prepared([*made.patches, *seals.as_patches(entries, [str(target)])], tuple(entries))
+        return Prepared([*made.patches, *stored_crcs.as_patches(entries, [str(target)])], tuple(entries))
 
     def renamed(self, out: Path) -> Sequence[NewFile]:
         """One file, under any name."""

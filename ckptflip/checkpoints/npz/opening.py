@@ -16,7 +16,7 @@ from ckptflip.checkpoints.files import open_plain
 from ckptflip.checkpoints.laid import LaidOut
 from ckptflip.checkpoints.listing import Array, DamagedError, catalogue, without_repeats
 from ckptflip.checkpoints.npz import npy
-from ckptflip.checkpoints.seals import Seal
+from ckptflip.checkpoints.stored_crcs import StoredCrc
 from ckptflip.checkpoints.target import Skipped
 from ckptflip.checkpoints.zips import DEFLATED, STORED, Member, Members, members
 from ckptflip.errors import CheckpointError
@@ -126,7 +126,7 @@ def _open_npz(path: Path, archive: Members, fd: int) -> LaidOut:
         catalogue(arrays),
         [a.layout for a in arrays],
         skipped=[*skipped, *repeated],
-        seals=() if coded else [_seal(m) for m in used],
+        crcs=() if coded else [_crc(m) for m in used],
         blobs=Unpacked(path, [m.name for m in used]) if coded else None,
     )
 
@@ -147,8 +147,8 @@ def _check_size(header: npy.Header, size: int) -> None:
         raise DamagedError(f"its array needs {header.nbytes} bytes; {size - header.start} follow its header")
 
 
-def _seal(member: Member) -> Seal:
-    return Seal("crc32", 0, member.offset, member.size, tuple((0, at) for at in member.crc_places))
+def _crc(member: Member) -> StoredCrc:
+    return StoredCrc("crc32", 0, member.offset, member.size, tuple((0, at) for at in member.crc_places))
 
 
 def _plain(fd: int, member: Member, count: int) -> bytes:

@@ -83,7 +83,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         tensors,
         layouts,
         skipped=[*skipped, *copies],
-        seals=places.seals(parsed, positions),
+        crcs=places.stored_crcs(parsed, positions),
         folder=path if path.is_dir() else None,
         renaming=partial(_renamed, list(shards), parsed.shards),
     )

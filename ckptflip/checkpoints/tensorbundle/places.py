@@ -11,7 +11,7 @@ from ckptflip.bits import NumberFormat
 from ckptflip.bits.formats import lookup_name
 from ckptflip.checkpoints.listing import DamagedError, bits_of, check_apart
 from ckptflip.checkpoints.pieces import Layout, Piece, contiguous, strides_of
-from ckptflip.checkpoints.seals import Seal
+from ckptflip.checkpoints.stored_crcs import StoredCrc
 from ckptflip.checkpoints.target import Skipped
 from ckptflip.checkpoints.tensorbundle.entries import Index, Saved
 from ckptflip.checkpoints.tensorbundle.slices import KEY_START, MOST_SLICES, Box, box, cover, slice_key
@@ -143,16 +143,16 @@ def placed(index: Index, files: Mapping[int, int]) -> tuple[list[Placed], list[S
     return found, skipped
 
 
-def seals(index: Index, files: Mapping[int, int]) -> list[Seal]:
+def stored_crcs(index: Index, files: Mapping[int, int]) -> list[StoredCrc]:
     """The CRCs of tensors, and then those of the index's blocks, which cover the former."""
     inner = [
-        Seal("crc32c", files[s.shard], s.offset, s.size, ((0, s.checksum),), masked=True)
+        StoredCrc("crc32c", files[s.shard], s.offset, s.size, ((0, s.checksum),), masked=True)
         for s in index.saved
         if s.checksum is not None and s.dtype in _DTYPES and not s.slices
     ]
     # The byte that says how a block is compressed is covered too.
     return inner + [
-        Seal("crc32c", 0, b.start, b.length + 1, ((0, b.end + 1),), masked=True) for b in index.blocks
+        StoredCrc("crc32c", 0, b.start, b.length + 1, ((0, b.end + 1),), masked=True) for b in index.blocks
     ]
 
 

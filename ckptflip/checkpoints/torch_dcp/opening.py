@@ -22,7 +22,7 @@ from ckptflip.checkpoints.laid import LaidOut
 from ckptflip.checkpoints.listing import DamagedError, bits_of, check_apart
 from ckptflip.checkpoints.pieces import Layout, Piece
 from ckptflip.checkpoints.roles import guess
-from ckptflip.checkpoints.seals import Seal
+from ckptflip.checkpoints.stored_crcs import StoredCrc
 from ckptflip.checkpoints.target import Skipped
 from ckptflip.checkpoints.torch_dcp.index import NAME, Chunk, Entry, read_index
 from ckptflip.checkpoints.torch_dcp.slots import parameters
@@ -61,7 +61,7 @@ def open_checkpoint(path: Path) -> LaidOut:
     try:
         index = read_index(folder)
         files = _files(index.entries, folder)
-        parts, seals = _parts(index.entries, files, folder)
+        parts, crcs = _parts(index.entries, files, folder)
         tensors, layouts, skipped = _catalogue(index.entries, parts, parameters(index, folder))
     except OSError as why:
         raise CheckpointError(f"{why.filename or folder} cannot be read: {why.strerror or why}") from None
@@ -76,7 +76,7 @@ def open_checkpoint(path: Path) -> LaidOut:
         tensors,
         layouts,
         skipped=[*index.skipped, *skipped],
-        seals=seals,
+        crcs=crcs,
         folder=folder,
     )
 
@@ -128,7 +128,7 @@ def _files(entries: Sequence[Entry], folder: Path) -> list[str]:
 
 def _parts(
     entries: Sequence[Entry], files: Sequence[str], folder: Path
-) -> tuple[list[list[_Part]], list[Seal]]:
+) -> tuple[list[list[_Part]], list[StoredCrc]]:
     """What the items of all chunks hold, file by file."""
     by_file: dict[str, list[tuple[int, Chunk]]] = {}
     parts: list[list[_Part]] = [[] for _ in entries]
@@ -141,7 +141,7 @@ def _parts(
                 parts[i].append(_Part(chunk, None, by))
             else:
                 by_file.setdefault(chunk.file, []).append((i, chunk))
-    seals: list[Seal] = []
+    crcs: list[StoredCrc] = []
     for number, name in enumerate(files, 1):
         if name not in by_file:
             continue
@@ -154,10 +154,10 @@ def _parts(
             _check_whole(folder / name, os.fstat(file.fileno()).st_size, items)
             for i, chunk in by_file[name]:
                 where = f"{folder / name}, {entries[i].name}"
-                part, sealed = _item(file.fileno(), where, number, chunk)
+                part, covering = _item(file.fileno(), where, number, chunk)
                 parts[i].append(part)
-                seals += sealed
-    return parts, seals
+                crcs += covering
+    return parts, crcs
 
 
 def _check_whole(path: Path, size: int, items: Iterable[tuple[int, int, str]]) -> None:
@@ -170,7 +170,7 @@ def _check_whole(path: Path, size: int, items: Iterable[tuple[int, int, str]]) -
         )
 
 
-def _item(fd: int, where: str, file: int, chunk: Chunk) -> tuple[_Part, list[Seal]]:
+def _item(fd: int, where: str, file: int, chunk: Chunk) -> tuple[_Part, list[StoredCrc]]:
     """The tensor that the item of a chunk holds."""
     found = contents(fd, where, file=file, start=chunk.offset, length=chunk.length)
     if len(found.tensors) != 1 or found.tensors[0].aliases or found.tensors[0].views:
@@ -185,7 +185,7 @@ def _item(fd: int, where: str, file: int, chunk: Chunk) -> tuple[_Part, list[Sea
     axes = len(chunk.shape)
     if tensor.layout.dims[:axes] != chunk.shape:
         return _Part(chunk, None, "its words stand for several elements each"), []
-    return _Part(chunk, tensor), found.seals
+    return _Part(chunk, tensor), found.crcs
 
 
 def _assembled(entry: Entry, parts: Sequence[_Part]) -> tuple[list[_Box], Layout]:

@@ -18,7 +18,7 @@ from ckptflip.checkpoints.files import open_plain
 from ckptflip.checkpoints.laid import LaidOut
 from ckptflip.checkpoints.listing import DamagedError
 from ckptflip.checkpoints.roles import guess
-from ckptflip.checkpoints.seals import Seal
+from ckptflip.checkpoints.stored_crcs import StoredCrc
 from ckptflip.checkpoints.target import Skipped
 from ckptflip.checkpoints.torch_zip.exported import exported_trees
 from ckptflip.checkpoints.torch_zip.names import unique
@@ -40,13 +40,13 @@ class Contents(Struct, frozen=True):
     Attributes:
         tensors: in the order of their first names.
         skipped: what is left out.
-        seals: the CRC-32 of each storage that holds words of a tensor.
+        crcs: the CRC-32 of each storage that holds words of a tensor.
         parameters: for tensors of an optimizer's state, the parameter's name, by the tensor's name.
     """
 
     tensors: list[Shared]
     skipped: list[Skipped]
-    seals: list[Seal]
+    crcs: list[StoredCrc]
     parameters: dict[str, str]
 
 
@@ -69,7 +69,7 @@ def open_checkpoint(path: Path) -> LaidOut:
         catalogue(found.tensors, found.parameters),
         layouts,
         skipped=found.skipped,
-        seals=found.seals,
+        crcs=found.crcs,
     )
 
 
@@ -106,7 +106,7 @@ def contents(
         for each in stored.tensors
         for name in each.views
     ]
-    return Contents(stored.tensors, [*skipped, *stored.skipped], stored.seals, parameters)
+    return Contents(stored.tensors, [*skipped, *stored.skipped], stored.crcs, parameters)
 
 
 def catalogue(tensors: Sequence[Shared], parameters: dict[str, str]) -> list[Tensor]:
@@ -177,12 +177,12 @@ def _byte_order(archive: Members, root: str, where: Path | str) -> str:
 
 
 class _Stored:
-    """Tensors and seals, from the members that hold the storages."""
+    """Tensors and CRCs, from the members that hold the storages."""
 
     def __init__(self, archive: Members, file: int, order: str) -> None:
         self.tensors: list[Shared] = []
         self.skipped: list[Skipped] = []
-        self.seals: list[Seal] = []
+        self.crcs: list[StoredCrc] = []
         self._archive = archive
         self._file = file
         self._order = order
@@ -202,9 +202,9 @@ class _Stored:
                 continue
             storage = Storage(self._file, member.offset, member.size, self._order)
             found.update((t.view.name, t) for t in self._sharing.tensors(views, storage))
-            self.seals.append(self._seal(member))
+            self.crcs.append(self._crc(member))
         self.tensors += [found[v.name] for v in tree.views if v.name in found]
 
-    def _seal(self, member: Member) -> Seal:
+    def _crc(self, member: Member) -> StoredCrc:
         places = tuple((self._file, at) for at in member.crc_places)
-        return Seal("crc32", self._file, member.offset, member.size, places, zero_is_none=True)
+        return StoredCrc("crc32", self._file, member.offset, member.size, places, zero_is_none=True)

@@ -10,7 +10,7 @@ from msgspec import Struct
 
 from ckptflip.checkpoints.listing import DamagedError
 from ckptflip.checkpoints.pieces import Layout, Piece, strides_of
-from ckptflip.checkpoints.seals import Seal
+from ckptflip.checkpoints.stored_crcs import StoredCrc
 from ckptflip.checkpoints.zarr import shards
 from ckptflip.checkpoints.zarr.fill import fill_bytes
 from ckptflip.checkpoints.zarr.metadata import ArrayHeader, UnsupportedError
@@ -85,7 +85,7 @@ class Laid(Struct, frozen=True):
     """Where an array's words lie, the CRCs that cover them, and the chunks that are coded."""
 
     layout: Layout
-    seals: list[Seal]
+    crcs: list[StoredCrc]
     coded: list[Coded]
 
 
@@ -148,7 +148,7 @@ class _Laying:
         self.array, self.header, self.files = array, header, files
         self.allowance = allowance
         self.pieces: list[Piece] = []
-        self.seals: list[Seal] = []
+        self.crcs: list[StoredCrc] = []
         self.coded: list[Coded] = []
         width = header.number.word_size * 8
         stored = strides_of(tuple(header.chunk[a] for a in header.chain.axes), header.item_bytes * 8)
@@ -171,7 +171,7 @@ class _Laying:
                 self._value(place, values.get(place))
         dims = (*header.shape, *self.tail)
         layout = Layout(dims, tuple(self.pieces), header.number, header.chain.order)
-        return Laid(layout, self.seals, self.coded)
+        return Laid(layout, self.crcs, self.coded)
 
     def _value(self, place: Place, value: Value | None) -> None:
         """A chunk, or a shard."""
@@ -224,7 +224,7 @@ class _Laying:
             file, at = value.file, value.offset + start
             for i in range(chain.inner):
                 covered = header.chunk_bytes + i * _CRC
-                self.seals.append(Seal("crc32c", file, at, covered, ((file, at + covered),)))
+                self.crcs.append(StoredCrc("crc32c", file, at, covered, ((file, at + covered),)))
         else:
             file, at = self.files + len(self.coded), 0
             self._code(place, value, inner, start, length)

@@ -72,7 +72,7 @@ def laid_out(
         catalogue(listed),
         [a.layout for a in listed],
         skipped=left_out,
-        seals=[s for found in laid for s in found.seals],
+        crcs=[s for found in laid for s in found.crcs],
         blobs=CodedChunks(path, coded, len(files[0].relative_to(path).parts) - 1) if coded else None,
         folder=path,
     )

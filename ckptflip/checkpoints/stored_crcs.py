@@ -18,10 +18,10 @@ from ckptflip.faults.record import ChecksumEntry
 _STORED = np.dtype("<u4")
 
 
-class Seal(Struct, frozen=True, gc=False):
+class StoredCrc(Struct, frozen=True, gc=False):
     """A stored CRC over a range of a file.
 
-    Seals are listed innermost first: the stored bytes of one may lie in the range of a later one.
+    CRCs are listed innermost first: the stored bytes of one may lie in the range of a later one.
 
     Attributes:
         algorithm: ``crc32`` or ``crc32c``.
@@ -70,24 +70,24 @@ class _Bytes:
         offsets = self._offsets.get(file, np.empty(0, np.int64))
         return np.searchsorted(offsets, ends) > np.searchsorted(offsets, starts)
 
-    def within(self, seal: Seal) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
-        """The altered bytes that a seal covers: how many covered bytes follow each, and its mask."""
-        offsets = self._offsets.get(seal.file, np.empty(0, np.int64))
-        low, high = np.searchsorted(offsets, [seal.start, seal.start + seal.length])
+    def within(self, stored: StoredCrc) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
+        """The altered bytes that a CRC covers: how many covered bytes follow each, and its mask."""
+        offsets = self._offsets.get(stored.file, np.empty(0, np.int64))
+        low, high = np.searchsorted(offsets, [stored.start, stored.start + stored.length])
         if low == high:
             return np.empty(0, np.int64), np.empty(0, np.uint8)
-        return seal.start + seal.length - 1 - offsets[low:high], self._masks[seal.file][low:high]
+        return stored.start + stored.length - 1 - offsets[low:high], self._masks[stored.file][low:high]
 
 
 def updated(
-    seals: Sequence[Seal], patches: Sequence[tuple[int, Patch]], descriptors: Mapping[int, int]
+    crcs: Sequence[StoredCrc], patches: Sequence[tuple[int, Patch]], descriptors: Mapping[int, int]
 ) -> list[ChecksumEntry]:
     """What the stored CRCs become when words are altered: a CRC that was right stays right.
 
     One that was wrong stays wrong by the same difference, since a CRC is affine.
 
     Args:
-        seals: of the checkpoint, innermost first.
+        crcs: of the checkpoint, innermost first.
         patches: (position of the file, the patch).
         descriptors: of all files of the checkpoint, open for reading, by position.
 
@@ -96,26 +96,26 @@ def updated(
     """
     altered = _Bytes(patches)
     found: list[ChecksumEntry] = []
-    for seal in _touched(seals, altered):
-        behind, masks = altered.within(seal)
-        change = crc.delta(seal.algorithm, behind, masks)
-        for file, offset in seal.places:
+    for stored in _touched(crcs, altered):
+        behind, masks = altered.within(stored)
+        change = crc.delta(stored.algorithm, behind, masks)
+        for file, offset in stored.places:
             before = _stored(descriptors[file], offset)
-            if not change or (seal.zero_is_none and not before):
+            if not change or (stored.zero_is_none and not before):
                 continue
-            after = crc.mask(crc.unmask(before) ^ change) if seal.masked else before ^ change
+            after = crc.mask(crc.unmask(before) ^ change) if stored.masked else before ^ change
             found.append(ChecksumEntry(file, offset, before, after))
             altered.add(file, _STORED, np.array([offset]), np.array([before ^ after], np.uint32))
     return found
 
 
 def restored(
-    seals: Sequence[Seal], recorded: Sequence[ChecksumEntry], descriptors: Mapping[int, int]
+    crcs: Sequence[StoredCrc], recorded: Sequence[ChecksumEntry], descriptors: Mapping[int, int]
 ) -> list[ChecksumEntry]:
     """What gives recorded CRCs their value back, whether or not an interrupted run had reached them.
 
     Args:
-        seals: of the checkpoint.
+        crcs: of the checkpoint.
         recorded: from the injection's record.
         descriptors: of the files, as for `updated`.
 
@@ -123,7 +123,7 @@ def restored(
         RecordError: a place holds no checksum of this checkpoint, or one that is neither what it was before
             nor what it became.
     """
-    known = {place for seal in seals for place in seal.places}
+    known = {place for stored in crcs for place in stored.places}
     found = []
     for entry in recorded:
         where = f"the checksum at byte {entry.offset} of file {entry.file}"
@@ -157,28 +157,28 @@ def as_patches(entries: Sequence[ChecksumEntry], paths: Sequence[str]) -> list[P
     return made
 
 
-def _touched(seals: Sequence[Seal], altered: _Bytes) -> list[Seal]:
-    """The seals whose range is altered, by data or by the stored bytes of other seals, in their order."""
-    if not seals:
+def _touched(crcs: Sequence[StoredCrc], altered: _Bytes) -> list[StoredCrc]:
+    """The CRCs whose range is altered, by data or by the stored bytes of others, in their order."""
+    if not crcs:
         return []
-    files = np.array([s.file for s in seals], np.int64)
-    starts = np.array([s.start for s in seals], np.int64)
-    ends = starts + np.array([s.length for s in seals], np.int64)
-    chosen = np.zeros(len(seals), bool)
+    files = np.array([s.file for s in crcs], np.int64)
+    starts = np.array([s.start for s in crcs], np.int64)
+    ends = starts + np.array([s.length for s in crcs], np.int64)
+    chosen = np.zeros(len(crcs), bool)
     changes = altered
     while True:
-        hit = np.zeros(len(seals), bool)
+        hit = np.zeros(len(crcs), bool)
         for file in np.unique(files).tolist():
             here = files == file
             hit[here] = changes.in_ranges(file, starts[here], ends[here])
         fresh = np.flatnonzero(hit & ~chosen)
         if not fresh.size:
-            return [seals[i] for i in np.flatnonzero(chosen).tolist()]
+            return [crcs[i] for i in np.flatnonzero(chosen).tolist()]
         chosen[fresh] = True
         changes = _Bytes([])
         by_file: dict[int, list[int]] = {}
         for i in fresh.tolist():
-            for file, offset in seals[i].places:
+            for file, offset in crcs[i].places:
                 by_file.setdefault(file, []).append(offset)
         for file, offsets in by_file.items():
             changes.add(file, np.dtype("u1"), np.array(offsets, np.int64), np.ones(len(offsets), np.uint8))
