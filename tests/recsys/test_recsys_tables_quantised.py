@@ -55,6 +55,21 @@ def test_quantised_as_by_aten(layout, seed, scale, kind):
 
 
 @pytest.mark.parametrize("layout", WIDTHS)
+@given(st.integers(0, 2**32), st.sampled_from([0.05, 0.5, 1.0]))
+@settings(max_examples=300, deadline=None)
+def test_tables_with_nan_and_infinities_are_quantised_as_by_aten(layout, seed, share):
+    """As a table is stored whose training has collapsed."""
+    random = np.random.default_rng(seed)
+    table = table_of(seed, layout, 1.0, "plain")
+    odd = random.choice(np.array([np.nan, np.inf, -np.inf, 3e38, -3e38], np.float32), table.shape)
+    table = np.where(random.random(table.shape) < share, odd, table)
+    table[0], table[-1] = np.nan, random.choice(odd.ravel())
+    assert np.array_equal(
+        quantise(table, layout), operator(layout, "prepack")(torch.from_numpy(table)).numpy()
+    )
+
+
+@pytest.mark.parametrize("layout", WIDTHS)
 @given(st.integers(0, 2**32), st.sampled_from(SCALES))
 @settings(max_examples=300, deadline=None)
 def test_dequantised_as_by_aten(layout, seed, scale):

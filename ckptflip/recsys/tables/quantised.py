@@ -7,6 +7,7 @@ Sources: ATen's ``quantized::embedding_bag_{byte,4bit,2bit}_{prepack,unpack}``, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,9 @@ from ckptflip.faults.rowwise import Row, Rowwise, fitted, parse
 _ONE = np.float32(1)
 # What ATen adds to a row's range, so that a constant row has an inverse scale.
 _EPSILON = np.float32(1e-8)
+_MOST = np.finfo(np.float32).max
+# Values that FBGEMM looks at in one step (AVX2), and columns of int8 codes that it writes in one.
+_LANES, _TOGETHER = 8, 32
 
 
 def quantise(table: ArrayLike, layout: str) -> NDArray[np.uint8]:
@@ -114,21 +118,61 @@ def _numbers(stored: NDArray[np.uint8], row: Row, field: str) -> NDArray[np.floa
 
 
 def _eight_bits(values: NDArray[np.float32]) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
-    low, high = values.min(1, keepdims=True), values.max(1, keepdims=True)
+    low, high = _extremes(values)
     span = high - low
     codes = np.rint((values - low) * (np.float32(255) / (span + _EPSILON)))
+    # Codes beyond a byte, which NaN bring about, are held within it where FBGEMM takes columns together.
+    together = codes[:, : codes.shape[1] // _TOGETHER * _TOGETHER]
+    if together.size and not together.max() <= 255:
+        together[...] = np.clip(_narrow(together), 0, 255)
     return _whole(codes), span / np.float32(255), low
 
 
 def _few_bits(values: NDArray[np.float32], bits: int) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
     most = np.float32((1 << bits) - 1)
-    bias = values.min(1, keepdims=True).astype(np.float16)
+    least, high = _extremes(values)
+    bias = least.astype(np.float16)
     low = bias.astype(np.float32)
-    span = values.max(1, keepdims=True) - low
+    span = high - low
     scale = np.where(span == 0, _ONE, span / most).astype(np.float16).astype(np.float32)
     scale = np.where(scale == 0, _ONE, scale)
     inverse = _ONE / scale
-    return _whole(np.clip(np.rint((values - low) * inverse), 0, most)), scale, bias
+    return _whole(np.clip(_narrow(np.rint((values - low) * inverse)), 0, most)), scale, bias
+
+
+def _narrow(codes: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Codes as 32-bit integers: what is none of them becomes the least one, and that the code 0."""
+    return np.where(np.abs(codes) < 2**31, codes, np.float32(0))
+
+
+def _extremes(values: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """The least and the largest value of each row, float32[rows, 1], as FBGEMM finds them.
+
+    It begins with the largest finite numbers, so that they are the extremes of rows of nothing but NaN or one
+    infinity. In each of eight lanes a NaN takes the place of what was found before, and the next value its.
+    """
+    low = np.minimum(values.min(1, keepdims=True), _MOST)
+    high = np.maximum(values.max(1, keepdims=True), -_MOST)
+    odd = np.isnan(low[:, 0])
+    if odd.any():
+        low[odd, 0] = _lanes(values[odd], np.less)
+        high[odd, 0] = _lanes(values[odd], np.greater)
+    return low, high
+
+
+def _lanes(values: NDArray[np.float32], better: Callable[..., NDArray[np.bool_]]) -> NDArray[np.float32]:
+    """`_extremes` of rows with NaN, float32[rows]: in lanes as the instruction MINPS, then value by value."""
+    rows, columns = values.shape
+    start = _MOST if better is np.less else -_MOST
+    lanes = np.full((rows, _LANES), start, np.float32)
+    whole = columns // _LANES * _LANES
+    for at in range(0, whole, _LANES):
+        new = values[:, at : at + _LANES]
+        lanes = np.where(better(lanes, new), lanes, new)
+    best = np.full(rows, start, np.float32)
+    for new in (*lanes.T, *values[:, whole:].T):
+        best = np.where(better(new, best), new, best)
+    return best
 
 
 def _whole(codes: NDArray[np.float32]) -> NDArray[np.uint8]:
