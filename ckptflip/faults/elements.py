@@ -163,6 +163,7 @@ def _positions(term: str, length: int, where: str) -> range:
     except ValueError:
         raise UsageError(
             f"{where}: {term!r} is not a position (5), a range (10-20) or a slice of positive step (0:100:2)"
+            + (", nor hot:1% or cold:1%" if where.startswith("rows") else "")
         ) from None
     if last < first:
         raise UsageError(f"{where}: the range {term} runs backwards")

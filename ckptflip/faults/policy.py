@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +106,9 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             plain = value.item() if isinstance(value, np.generic) else value
             try:
                 typed = msgspec.convert(plain, field.type)
-            except msgspec.ValidationError as why:
+            except msgspec.ValidationError as error:
+                alone = isinstance(plain, str) and field.type == tuple[str, ...]
+                why = f"give a list of them, [{plain!r}]" if alone else str(error)
                 raise UsageError(f"{field.name} {value!r} is of the wrong kind: {why}") from None
             msgspec.structs.force_setattr(self, field.name, typed)
 
@@ -218,9 +220,19 @@ def combine(policies: Policy | Sequence[Policy]) -> tuple[Policy, ...]:
     """One or several policies as a tuple.
 
     Raises:
-        UsageError: none at all, or more than `MOST_POLICIES`.
+        UsageError: none at all, more than `MOST_POLICIES`, or something else than policies.
     """
-    several = (policies,) if isinstance(policies, Policy) else tuple(policies)
+    several = (policies,) if isinstance(policies, Policy) else _each(policies)
     if not 1 <= len(several) <= MOST_POLICIES:
         raise UsageError(f"between 1 and {MOST_POLICIES} policies can be combined, not {len(several)}")
+    return several
+
+
+def _each(policies: Any) -> tuple[Policy, ...]:
+    several = tuple(policies) if isinstance(policies, Iterable) else (policies,)
+    other = next((one for one in several if not isinstance(one, Policy)), None)
+    if other is not None or isinstance(policies, str):
+        raise UsageError(
+            f"a policy is a ckptflip.Policy, such as Policy(bits='exponent', count=3), not {policies!r}"
+        )
     return several

@@ -18,6 +18,8 @@ REFUSED = [
     ({"count": 2.5}, "count 2.5 is of the wrong kind"),
     ({"count": "3"}, "count '3' is of the wrong kind"),
     ({"count": True}, "count True is of the wrong kind"),
+    ({"tensors": "emb*"}, "tensors 'emb*' is of the wrong kind: give a list of them, ['emb*']"),
+    ({"rows": "warm:1%"}, "(0:100:2), nor hot:1% or cold:1%"),
     ({"fraction": 0}, "fraction must be above 0 and at most 1"),
     ({"fraction": 1.1}, "fraction must be above 0 and at most 1"),
     ({"fraction": float("nan")}, "fraction must be above 0 and at most 1"),
