@@ -187,6 +187,18 @@ def test_recovery_starts_with_those_that_never_left(tiny):
     assert (ten.get_xdata().tolist(), ten.get_ydata().tolist()) == ([0, 3, 10], [1, 0, 0])
 
 
+def test_trials_that_are_only_measured_have_no_figure_of_recovery(tmp_path):
+    with writing(tmp_path / "runs.db") as writer:
+        stores.begin(writer, stores.spec())
+        writer.put_cells([stores.cell("a", 0, "1 flip", until=5, wanted=2)])
+        stores.clean_runs(writer)
+        writer.put_trial(stores.trial(0, "masked", [0.9], recovered=0), ATTEMPT)
+        writer.put_trial(stores.trial(1, "degraded", [0.5]), ATTEMPT)
+    gathered = gather(tmp_path / "runs.db")
+    with drawing():
+        assert list(recovery.figures(gathered, cell_rows(gathered))) == []
+
+
 def test_propagation_boxes_are_medians_over_trials(tmp_path):
     with writing(tmp_path / "runs.db") as writer:
         stores.begin(writer, stores.spec())

@@ -42,7 +42,8 @@ def figures(gathered: Gathered, rows: Sequence[CellRow]) -> Iterator[Drawn]:
         curves: list[_Curve] = []
         for cell in cells:
             row = by_cell[cell.id]
-            if row.recovery is not None:
+            # Trials that are only measured have no time to come back in.
+            if row.recovery is not None and cell.until > cell.epoch:
                 place = len(curves)
                 name = f"{short(cell.label or cell.workload, 44, keep='both')} (n = {row.done})"
                 line = LINES[place % len(LINES)] if len(cells) <= MOST_IN_A_PANEL else LINES[0]
