@@ -61,6 +61,7 @@ def test_other_tables_are_not_joined_or_counted_together() -> None:
 
 
 def test_accesses_by_row_of_small_and_large_tables() -> None:
+    assert [c.tolist() for c in access_counts(LOG)] == [c.tolist() for c in access_counts([LOG])]
     users, movies = access_counts([LOG, LOG])
     assert users.tolist() == [2, 0, 0, 4]
     assert {row: int(movies[row]) for row in np.flatnonzero(movies)} == {5: 4, 99: 2}

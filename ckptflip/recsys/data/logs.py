@@ -162,11 +162,11 @@ def join(logs: Iterable[ClickLog]) -> ClickLog:
     )
 
 
-def access_counts(logs: Iterable[ClickLog]) -> tuple[Integers, ...]:
+def access_counts(logs: ClickLog | Iterable[ClickLog]) -> tuple[Integers, ...]:
     """How often each row of each table occurs: what makes a row hot or cold.
 
     Args:
-        logs: of the same tables; a stream's chunks, or a list of one log.
+        logs: a log, or several of the same tables, such as a stream's chunks.
 
     Returns:
         int64[size] for each table.
@@ -178,12 +178,12 @@ def access_counts(logs: Iterable[ClickLog]) -> tuple[Integers, ...]:
     Example:
         >>> none = np.zeros((3, 0), np.float32)
         >>> log = ClickLog(np.ones(3, np.float32), none, np.array([[2], [0], [2]]), (3,), ("item",))
-        >>> [counts.tolist() for counts in access_counts([log])]
+        >>> [counts.tolist() for counts in access_counts(log)]
         [[1, 0, 2]]
     """
     counts: list[Integers] = []
     sizes: tuple[int, ...] = ()
-    for log in logs:
+    for log in [logs] if isinstance(logs, ClickLog) else logs:
         if not counts:
             sizes = log.sizes
             counts = [np.zeros(size, np.int64) for size in sizes]
