@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from ckptflip.bits import NumberFormat, to_values
 from ckptflip.bits.words import valid_mask
 from ckptflip.checkpoints.files import new_file, open_plain, sync
-from ckptflip.errors import RecordError
+from ckptflip.errors import CheckpointError, RecordError
 from ckptflip.faults.plan import COLUMNS, KINDS, Plan, empty
 from ckptflip.faults.policy import MOST_POLICIES
 from ckptflip.faults.record import SCHEMA, Header, Record, TensorEntry, bits_of, counts_of
@@ -80,6 +80,18 @@ def write(record: Record, path: Path, *, overwrite: bool, durable: bool = False)
                     os.fsync(file.fileno())
     if durable:
         sync(path)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder for records, unless it is there.
+
+    Raises:
+        CheckpointError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as why:
+        raise CheckpointError(f"the folder {folder} cannot be made: {why.strerror or why}") from None
 
 
 def read(path: str | Path) -> Record:

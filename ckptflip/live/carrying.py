@@ -50,14 +50,14 @@ def carry_out(
         The record, with its path.
 
     Raises:
-        UsageError: the record's file exists. Nothing was altered.
+        UsageError, CheckpointError: the record's file exists, or cannot be written. Nothing was altered.
         LiveError: a word is not what it should have become.
     """
     if path is not None:
         path = Path(path)
         if path.exists() and not overwrite:
             raise UsageError(f"the record {path} exists; name another file or folder")
-        path.parent.mkdir(parents=True, exist_ok=True)
+        record_files.make_folder(path.parent)
         record_files.write(record, path, overwrite=True)
         record = replace(record, path=str(path))
     alter(target, plan, plan.before, plan.after)

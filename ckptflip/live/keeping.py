@@ -80,7 +80,7 @@ class Kept:
             self._kept.append((where, passed))
             return
         made = self._recorded(where, passed)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        record_files.make_folder(path.parent)
         record_files.write(made, path, overwrite=False)
         self._kept.append(replace(made, path=str(path)))
 

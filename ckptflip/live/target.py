@@ -122,7 +122,10 @@ class Armed:
         """Take up the catalogue as it is now."""
         catalogue = self.target.tensors
         if catalogue is not self.catalogue:
-            check(self.policies, catalogue)
+            try:
+                check(self.policies, catalogue)
+            except SelectionError as why:
+                raise SelectionError(f"{why}{_left_out(self.target)}") from None
             only = self.policies[0] if len(self.policies) == 1 else None
             # Several policies see each other's faults, and a choice of ranks depends on the seed.
             alone = only is not None and only.ranks is None
@@ -219,6 +222,13 @@ def check(policy: Policy | Sequence[Policy], tensors: Sequence[Tensor]) -> None:
                 f"count {one.count} is larger than the {units} units that may be hit; ask for fewer or widen "
                 "the selection"
             )
+
+
+def _left_out(target: LiveTarget) -> str:
+    """What of a target cannot be hit, and why, for a selection that found nothing."""
+    skipped = getattr(target, "skipped", ())
+    named = "; ".join(f"{one.name} is {one.reason}" for one in skipped[:3])
+    return f". Cannot be hit: {named}{' …' if len(skipped) > 3 else ''}" if skipped else ""
 
 
 def _unread(tensor: int, words: NDArray[np.int64]) -> NDArray[Any]:

@@ -150,6 +150,11 @@ class TorchCalls:
 
     def _enter(self, call: int) -> None:
         """Begin a call that is hit."""
+        if torch.jit.is_tracing():
+            raise LiveError(
+                "torch.jit.trace records what the model computes, and would keep the faults of this one call "
+                "for ever: trace it outside the block"
+            )
         self.due_calls += 1
         self._call, self._depth, self._thread = call, 1, get_ident()
         self._gate.wait = -1
@@ -241,7 +246,7 @@ class TorchCalls:
         names = [self._names[i] if i < len(self._names) else str(i) for i in range(len(args))]
         given = {**dict(zip(names, args, strict=True)), **kwargs}
         every = _each(given)
-        found = [(path, tensor) for path, tensor in every if _is_meant(path, self._inputs)]
+        found = [(path, tensor) for path, tensor in every if is_meant(path, self._inputs)]
         if not found:
             there = ", ".join(path for path, _ in every) or "none"
             raise SelectionError(
@@ -302,7 +307,7 @@ def _storage(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else id(tensor)
 
 
-def _is_meant(path: str, globs: Sequence[str]) -> bool:
+def is_meant(path: str, globs: Sequence[str]) -> bool:
     """Whether an input is selected: by any glob, and by none with a ``!``."""
     plain = [glob for glob in globs if not glob.startswith("!")]
     away = any(matches(path, glob[1:]) for glob in globs if glob.startswith("!"))

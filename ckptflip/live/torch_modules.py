@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
@@ -173,13 +174,21 @@ def blinders(model: torch.nn.Module) -> list[str]:
         A sentence part for each, such as ``the model is compiled (torch.compile)``.
     """
     found = []
+    eager = _is_forced_eager()
     for name, module in model.named_modules():
         said = f"module {name!r}" if name else "the model"
-        if type(module).__name__ == "OptimizedModule" or is_compiled(module):
+        if not eager and (type(module).__name__ == "OptimizedModule" or is_compiled(module)):
             found.append(f"{said} is compiled (torch.compile)")
         elif isinstance(module, torch.jit.ScriptModule) and not any("scripted" in one for one in found):
             found.append(f"{said} is scripted (torch.jit)")
     return found
+
+
+def _is_forced_eager() -> bool:
+    """Whether compiled code is not run at the moment: ``torch.compiler.set_stance("force_eager")``."""
+    # There is no public way to ask; where this one has gone, one warning too many is given.
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")
+    return getattr(getattr(dynamo, "_stance", None), "stance", None) == "force_eager"
 
 
 def shares(model: Any) -> bool:

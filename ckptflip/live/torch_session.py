@@ -14,7 +14,7 @@ from ckptflip.live.keeping import Kept
 from ckptflip.live.part import Count
 from ckptflip.live.session import globs, narrowed
 from ckptflip.live.target import check
-from ckptflip.live.torch_calls import TorchCalls
+from ckptflip.live.torch_calls import TorchCalls, is_meant
 from ckptflip.live.torch_gradients import BackwardPasses
 from ckptflip.live.torch_modules import Chosen, blinders, choose, shares, whole
 from ckptflip.live.torch_tensors import TorchTarget, unwrapped
@@ -144,12 +144,15 @@ class Gradients:
                 "before the optimizer's step"
             )
         plain = unwrapped(model)
+        if not any(parameter.requires_grad for parameter in plain.parameters()):
+            raise UsageError("gradients are to be hit, and no parameter of the model has requires_grad")
         self._due, self._spent, self._kept = due, False, kept
         self._target = TorchTarget(plain, gradients=True)
         self._policies = narrowed(kept.policies, "gradients/", chosen)
         # What could not be drawn when the gradients are there is refused now.
         check(self._policies, self._target.foreseen()[0])
         self._held: Held | None = None
+        self._globs, self._left_out = chosen, dict[str, str]()
         self._passes = BackwardPasses(plain, self._over)
 
     def counts(self) -> Iterator[Count]:
@@ -176,7 +179,10 @@ class Gradients:
             ]
         if self._held is None:
             return [f"no fault fired in gradients: none of {passes} backward passes was due (calls=, every=)"]
-        return []
+        if not self._left_out:
+            return []
+        named = [f"of {name}, which is {why}" for name, why in self._left_out.items()]
+        return [f"gradients that cannot be hit were left out: {whole(named)}"]
 
     def _over(self, number: int) -> None:
         if self._spent or not self._due(number):
@@ -185,6 +191,10 @@ class Gradients:
         if self._held is None:
             self._held = Held("gradients", self._target, self._policies, self._kept)
         self._held.fire(seed_of(self._kept.seed, number, "gradients"), f"backward {number:06d}")
+        for one in self._target.skipped:
+            name = one.name.removeprefix("gradients/")
+            if name != one.name and is_meant(name, self._globs):
+                self._left_out[name] = one.reason
 
 
 def _chosen(model: torch.nn.Module, asked: Mapping[str, Any], option: str) -> list[Chosen]:

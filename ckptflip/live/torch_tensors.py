@@ -40,7 +40,8 @@ class TorchTarget:
         gradients: the ``.grad`` of every parameter of the model, where there is one.
 
     Raises:
-        UsageError: neither a model nor an optimizer; gradients without a model; a scripted model.
+        UsageError: neither a model nor an optimizer, or what is none; gradients without a model; a scripted
+            model.
 
     Example:
         >>> target = TorchTarget(torch.nn.BatchNorm1d(2))
@@ -61,7 +62,7 @@ class TorchTarget:
         if gradients and model is None:
             raise UsageError("gradients were asked for without a model: pass the model too")
         self._model = None if model is None else unwrapped(model)
-        self._optimizer = None if optimizer is None else inner_optimizer(optimizer)
+        self._optimizer = None if optimizer is None else _checked(inner_optimizer(optimizer))
         self._gradients = gradients
         self._shape = _Structure(self._model)
         self._tensors: Sequence[Tensor] = ()
@@ -264,6 +265,12 @@ def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
 def inner_optimizer(optimizer: Any) -> Any:
     """The optimizer that has the state and takes the steps, inside what Accelerate puts around it."""
     return getattr(optimizer, "optimizer", optimizer)
+
+
+def _checked(optimizer: Any) -> Any:
+    if not all(hasattr(optimizer, name) for name in ("state", "param_groups")):
+        raise UsageError(f"an optimizer is a torch.optim.Optimizer, not {type(optimizer).__name__}")
+    return optimizer
 
 
 def _marks(tensors: list[torch.Tensor | None]) -> list[Any]:

@@ -36,6 +36,8 @@ def number_of(tensor: torch.Tensor, *, foreseen: bool = False) -> NumberFormat:
     """
     if type(tensor) not in (torch.Tensor, torch.nn.Parameter) and not _is_plain_parameter(tensor):
         raise ValueError(f"a {type(tensor).__name__}: only plain tensors hold their own numbers")
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        raise ValueError("inside torch.func (vmap, grad, jacrev), where it has no memory of its own")
     if tensor.layout is not torch.strided or tensor.is_nested:
         raise ValueError(f"sparse or nested ({tensor.layout})")
     if tensor.is_quantized:

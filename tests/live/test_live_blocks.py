@@ -15,7 +15,7 @@ from click.testing import CliRunner
 import ckptflip
 from ckptflip import live, record_files, torch_h5
 from ckptflip.cli.main import cli
-from ckptflip.errors import GuardError, LiveError, SelectionError, UsageError
+from ckptflip.errors import CheckpointError, GuardError, LiveError, SelectionError, UsageError
 from ckptflip.faults import Policy
 from ckptflip.live.torch_tensors import TorchTarget
 
@@ -426,7 +426,7 @@ class TestWarnings:
             clean = compiled(X)
             with torch.compiler.set_stance("force_eager"):
                 said, block = self.said(compiled, lambda: compiled(X), activations="0")
-            assert len(said) == 1 and block.effective == 1
+            assert not said and block.effective == 1
             assert torch.equal(compiled(X), clean)
         torch.compiler.reset()
 
@@ -448,6 +448,15 @@ class TestWarnings:
                 assert not torch.equal(compiled(X), clean)
             assert torch.equal(compiled(X), clean)
         torch.compiler.reset()
+
+    def test_sparse_gradients(self):
+        model = nn.Sequential(nn.Embedding(9, 4, sparse=True), nn.Linear(4, 2))
+        ids = torch.tensor([1, 2])
+        said, block = self.said(model, lambda: model(ids).sum().backward(), gradients=True)
+        assert len(said) == 1
+        assert "were left out: of 0.weight, which is sparse or nested (torch.sparse_coo)" in said[0]
+        assert block.effective == 1
+        assert not self.said(model, lambda: model(ids).sum().backward(), gradients="1")[0]
 
     @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
     def test_scripted_modules(self):
@@ -551,6 +560,13 @@ class TestArguments:
             ({"policy": Policy(tensors=("9",))}, "matches nothing"),
             ({"gradients": "9"}, "matches nothing"),
             ({"model": 3}, "no PyTorch or Keras model"),
+            ({"optimizer": 3}, r"an optimizer is a torch\.optim\.Optimizer, not int"),
+            ({"policy": "count=3"}, r"a policy is a ckptflip\.Policy, .*, not 'count=3'"),
+            ({"policy": {"count": 3}}, r"a policy is a ckptflip\.Policy"),
+            (
+                {"model": net().requires_grad_(False), "gradients": True},
+                "no parameter of the model has requires",
+            ),
         ],
     )
     def test_that_make_no_sense(self, options, said):
@@ -564,6 +580,38 @@ class TestArguments:
                 live.faults(TorchTarget(net()), Policy(), seed=1, **options)
         with pytest.raises(UsageError, match="an optimizer is given for a PyTorch model alone"):
             live.faults(TorchTarget(net()), Policy(), seed=1, optimizer=3)
+
+    def test_tensors_that_cannot_be_hit_are_named_with_the_reason(self):
+        model = net()
+        model.register_buffer("wide", torch.ones(1).expand(3))
+        with pytest.raises(SelectionError, match=r"matches nothing.*Cannot be hit: model/wide is expanded"):
+            live.faults(model, Policy(tensors=("wide",)), seed=1)
+
+    def test_records_that_cannot_be_written(self, tmp_path):
+        (tmp_path / "file").touch()
+        model = net()
+        before = [bits(t) for t in state_of(model)]
+        with (
+            pytest.raises(CheckpointError, match="cannot be made"),
+            live.faults(model, Policy(), seed=1, records=tmp_path / "file" / "records"),
+        ):
+            pass
+        assert all(np.array_equal(bits(t), b) for t, b in zip(state_of(model), before, strict=True))
+
+    def test_transformed_calls(self):
+        """A tensor in a transform of torch.func has no words, and a trace would keep one call's faults."""
+        model = net()
+        with live.faults(model, Policy(), seed=1, activations="0"), torch.no_grad():
+            with pytest.raises(LiveError, match=r"activations/0 cannot be hit: it is inside torch\.func"):
+                torch.vmap(model)(X)
+            with (
+                pytest.raises(LiveError, match=r"torch\.jit\.trace.*outside the block"),
+                warnings.catch_warnings(),
+            ):
+                warnings.simplefilter("ignore", DeprecationWarning)
+                torch.jit.trace(model, X)
+            model(X)
+        assert not hooks_of(model)
 
     def test_a_block_is_used_once(self):
         block = live.faults(net(), Policy(), seed=1)
