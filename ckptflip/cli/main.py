@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from importlib import import_module
 from pathlib import Path
+from typing import TextIO
 
 import click
 
@@ -39,6 +41,9 @@ COMMANDS = (
     "completion",
 )
 INTERRUPTED = 130
+
+_PACKAGE = Path(__file__).parents[1]
+_as_python_does = warnings.showwarning
 
 
 class LazyGroup(click.Group):
@@ -83,6 +88,7 @@ def main() -> None:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the caller (`>&-`)
             setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115
+    warnings.showwarning = show_warning
     sys.exit(run(sys.argv[1:]))
 
 
@@ -114,6 +120,23 @@ def run(arguments: list[str]) -> int:
         return _fail("not enough memory: select fewer tensors, or ask for fewer faults", 1)
     except OSError as why:
         return _fail(f"{why.filename or 'output'}: {why.strerror or why}", 1)
+
+
+def show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Say what ckptflip warns of in a line, like an error; warnings of others are shown as Python does."""
+    from ckptflip.cli.output import say
+
+    if issubclass(category, UserWarning) and _PACKAGE in Path(filename).parents:
+        say(f"Warning: {message}")
+    else:
+        _as_python_does(message, category, filename, lineno, file, line)
 
 
 def _fail(message: str, code: int) -> int:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from functools import cached_property
-from typing import Any
+from typing import Any, get_type_hints
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -169,16 +170,33 @@ def check_whole(name: str, value: Any, least: int) -> None:
         raise UsageError(f"{name} is a whole number of {least} or more, not {value!r}")
 
 
+def check_kinds(options: Any) -> None:
+    """Raise UsageError unless every field of a dataclass of options is of its declared type.
+
+    Example:
+        >>> check_kinds(Options(rate="0.1"))
+        Traceback (most recent call last):
+        ckptflip.errors.UsageError: rate '0.1' is of the wrong kind: Expected `float | null`, got `str`
+    """
+    for name, kind in get_type_hints(type(options)).items():
+        value = getattr(options, name)
+        try:
+            msgspec.convert(value, kind)
+        except msgspec.ValidationError as why:
+            raise UsageError(f"{name} {value!r} is of the wrong kind: {why}") from None
+
+
 def _check(options: Options) -> None:
+    for name, least in _LEAST.items():
+        value = getattr(options, name)
+        if value is not None:
+            check_whole(name, value, least)
+    check_kinds(options)
     kind, _, place = options.data.partition(":")
     if options.data != "clicks" and (kind not in ("criteo", "movielens") or not place):
         raise UsageError(f"data is clicks, criteo:FILE or movielens:DIR, not {options.data!r}")
     if kind != "clicks" and options.scale is not None:
         raise UsageError("scale is an option of the generated log: leave it out, or take data=clicks")
-    for name, least in _LEAST.items():
-        value = getattr(options, name)
-        if value is not None:
-            check_whole(name, value, least)
     if options.rate is not None and not 0 < options.rate < float("inf"):
         raise UsageError(f"a learning rate is more than 0 and finite, not {options.rate}")
     if options.dropout is not None and not 0 <= options.dropout < 1:

@@ -438,6 +438,17 @@ def test_nothing_heavy_is_imported(folder):
     assert not imported(run.format(["diff", "a.h5", "a.h5"]), folder) & set(FRAMEWORKS)
 
 
+def test_our_own_warnings_are_a_line(capsys, monkeypatch):
+    inside, others = str(Path(ckptflip.__file__).parent / "recsys" / "files.py"), []
+    monkeypatch.setattr(main, "_as_python_does", lambda *shown: others.append(shown[1:4]))
+    main.show_warning(UserWarning("3 of 9 lines\x1b are malformed"), UserWarning, inside, 42)
+    assert capsys.readouterr().err == "Warning: 3 of 9 lines\\x1b are malformed\n"
+    main.show_warning(UserWarning("old"), UserWarning, "somewhere.py", 42)
+    main.show_warning(DeprecationWarning("old"), DeprecationWarning, inside, 42)
+    assert others == [(UserWarning, "somewhere.py", 42), (DeprecationWarning, inside, 42)]
+    assert not capsys.readouterr().err
+
+
 def test_a_progress_bar_only_for_somebody_who_watches(folder, monkeypatch):
     from ckptflip.cli import options
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ckptflip.errors import UsageError
+from ckptflip.recsys.recipes import check_kinds
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +75,7 @@ class Dummy:
     tables: int = 1
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         sizes = (self.embedding, self.mlp, self.layers, self.rows, self.dense, self.tables)
         if min(sizes) < 1:
             raise UsageError(f"the sizes of a dummy model are 1 or more: {self}")
