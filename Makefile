@@ -59,10 +59,13 @@ bench: $(VENV)/.test
 	$(BIN)/python benchmarks/tables.py
 	$(BIN)/python benchmarks/dlrm.py
 
-# Runs the published studies' small variants (some 20 minutes) and writes docs/results.md.
+# Runs the small variants of both published studies (each some 20 minutes on two quiet cores) and writes
+# docs/results.md and docs/results-recsys.md.
 results: $(VENV)/.test
 	$(BIN)/python campaigns/cluster21.py run
 	$(BIN)/python campaigns/cluster21.py write
+	$(BIN)/python campaigns/terrorch.py run
+	$(BIN)/python campaigns/terrorch.py write
 
 pytest: $(VENV)/.test
 	$(THREADS) $(BIN)/python -m pytest -q -n auto

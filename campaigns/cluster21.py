@@ -197,7 +197,7 @@ def _head(studies: dict[str, Study], stores: Path) -> str:
         "Frameworks through Checkpoint Alteration* "
         "(IEEE CLUSTER 2021), as [specs](../campaigns/README.md), run on scikit-learn's handwritten digits "
         "in PyTorch and in Keras: what was claimed, "
-        "and what we find.",
+        "and what we find. Recommendation models have [a page of their own](results-recsys.md).",
         "",
         "**Digits are not CIFAR-10.** A small network (two convolutions, two dense layers) on 1437 images of "
         "8×8 pixels, trained for 15 epochs, says "

@@ -93,7 +93,7 @@ def _rate(rate: Rate | None) -> str:
 
 
 def between(low: float, high: float) -> str:
-    return f"{percent(low, unit=False)}–{percent(high, unit=False)}"
+    return f"{percent(low, unit=False)}–{percent(high, unit=False).removeprefix('> ')}"
 
 
 def _difference(row: CellRow) -> str:

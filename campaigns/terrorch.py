@@ -42,7 +42,7 @@ IMAGES = PAGE.parent / "images" / "results-recsys"
 COUNTS = "access.npz"
 _DPI, _COLOURS = 110, 64
 _RULES = """\
-**The rules**, the same for all studies and made before any of them ran:
+**The rules**, the same for all studies and fixed before the runs:
 
 - Each trial alters a copy of a clean checkpoint and is compared with that checkpoint's own AUC on the same
   test rows. Faults never pile up: every trial begins with the clean weights.
@@ -55,7 +55,8 @@ _RULES = """\
   (clean less faulty, paired) are bootstrapped (BCa) over the trials.
 - Two cells *differ* if Fisher's exact test says so (p ≤ {level:g}) after Holm's adjustment for all
   comparisons of the sentence.
-- Sentences are chosen by the script from the numbers; none was written after looking at them.
+- Sentences are chosen by the script from the numbers; what they compare, and how, was fixed before the runs,
+  but for those that begin with *Afterwards*.
 """
 
 
@@ -168,14 +169,15 @@ def _head(studies: dict[str, Study], stores: Path) -> str:
         "",
         "The designs of the first study of recommendation models under hardware errors (Terrorch, "
         "arXiv 2307.10244), and what it left out, as [specs](../campaigns/terrorch), run on models that "
-        "train here: what was claimed, and what we find. The study's mitigations are not among them.",
+        "train here: what was claimed, and what we find. The study's mitigations are not among them. "
+        "[The checkpoint-alteration study](results.md) has a page of its own.",
         "",
         "**The log is generated and small.** 26 tables of 44,921 rows in all, 100,000 to 200,000 training "
         "rows and 10,000 test rows of a [log whose best AUC is known](recsys-data.md) (about 0.789), models "
         "of about 0.75 million parameters: no Criteo, no MovieLens. Tables in use are far larger, and most "
         "of their rows are read more rarely than any here. What holds here may not hold there. Quoted is "
-        "only what abstracts and public code say; the full texts were not at hand. `campaigns/terrorch/` "
-        "has the specs at full size.",
+        "only what abstracts and public code say; the full texts were not at hand. (T3's dummy model is "
+        "another: random weights on random inputs.) `campaigns/terrorch/` has the specs at full size.",
         "",
         _RULES.format(level=LEVEL),
         f"**The runs**: {done} trials in {len(studies)} campaigns"
@@ -206,10 +208,11 @@ def _seconds(studies: dict[str, Study], stores: Path) -> float:
 
 
 def _section(study: Study, figure: str, images: str) -> str:
-    spec = study.gathered.spec
     file = f"{study.name}-small.toml"
-    lines = [f"## {study.name}: {spec.get('title', '')}", ""]
-    for line in str(spec.get("about", "")).strip().splitlines():
+    # A campaign's words are no part of its results: those of the spec as it is now hold.
+    spec = loading.load(SPECS / file)
+    lines = [f"## {study.name}: {spec.title}", ""]
+    for line in spec.about.strip().splitlines():
         word, colon, rest = line.partition(": ")
         lines += [f"**{word}:** {rest}" if colon else line, ""]
     lines += [tables.size(study), ""]

@@ -18,6 +18,8 @@ LEVEL = 0.05
 COLUMNS = 16
 # Of the dummy model, in the order of its workloads' labels.
 FACTORS = (("embedding", "columns"), ("MLP", "units"), ("sparsity", "of the table"))
+# How a comparison begins that nobody had planned, and of what it is.
+AFTERWARDS, USELESS = "Afterwards,", "were useless"
 Finding = Callable[[Study], list[str]]
 # Two things to compare, and what they are called.
 Pair = tuple[str, Rate, Rate]
@@ -42,6 +44,11 @@ def models(study: Study) -> list[str]:
             for a, b in itertools.combinations(telling, 2)
         ]
         said += compared(pairs, f"Of the models at BER {telling[0].amount:g}")
+        pairs = [
+            (f"{a.cell.workload} and {b.cell.workload}", a.useless, b.useless)
+            for a, b in itertools.combinations(telling, 2)
+        ]
+        said += compared(pairs, f"{AFTERWARDS} of the models at BER {telling[0].amount:g}", did=USELESS)
     unharmed = sum(line.unharmed for line in study.lines)
     said.append(
         f"{unharmed} of {sum(line.done for line in study.lines)} evaluations had NaN or infinite weights and "
@@ -57,14 +64,14 @@ def _onset(name: str, lines: Sequence[Line]) -> str:
     if quiet:
         bound = _pooled(quiet)
         said += (
-            f"none of {bound.trials} evaluations lost AUC up to BER {quiet[-1].amount:g} (the rate there is "
-            f"at most {percent(bound.high)}); "
+            f"none of {bound.trials} evaluations lost AUC up to BER {quiet[-1].amount:g} (a rate of at most "
+            f"{percent(bound.high)} over all of these); "
         )
     if often is None:
         return f"{said}at no rate did more than half."
     return (
-        f"{said}more than half did from BER {often.amount:g} on ({percent(often.lost.share)}, mean loss "
-        f"{loss(often)})."
+        f"{said}more than half did at BER {often.amount:g}: {percent(often.lost.share)}, with a mean loss of "
+        f"{loss(often)}."
     )
 
 
@@ -75,6 +82,10 @@ def parts(study: Study) -> list[str]:
     said = compared(
         [(f"BER {r:g}", by["MLPs", r].lost, by["tables", r].lost) for r in bers],
         "MLPs against tables at the same error rate of each bit", ("MLPs", "tables"),
+    )  # fmt: skip
+    said += compared(
+        [(f"BER {r:g}", by["MLPs", r].useless, by["tables", r].useless) for r in bers],
+        f"{AFTERWARDS} MLPs against tables at the same error rate", ("MLPs", "tables"), did=USELESS,
     )  # fmt: skip
     if bers:
         ends = by["MLPs", bers[-1]], by["tables", bers[-1]]
@@ -108,7 +119,7 @@ def sizes(study: Study) -> list[str]:
         said += compared(
             pairs, f"{factor}, {high:g} against {low:g} {what}, over all else", (f"{high:g}", f"{low:g}")
         )
-    return said
+    return [*said, "The error rates are the same for all models, so a larger one gets more flips."]
 
 
 def rows(study: Study) -> list[str]:
@@ -181,13 +192,15 @@ def training(study: Study) -> list[str]:
     )
 
 
-def compared(pairs: Sequence[Pair], what: str, names: tuple[str, str] | None = None) -> list[str]:
+def compared(
+    pairs: Sequence[Pair], what: str, names: tuple[str, str] | None = None, did: str = "lost AUC"
+) -> list[str]:
     """One sentence on pairs of rates, with all tests taken together; without names, which pairs differ."""
     if not pairs:
         return []
     told = _told(pairs)
     said = (
-        f"{what}: the rates of evaluations that lost AUC differ in {len(told)} of "
+        f"{what}: the rates of evaluations that {did} differ in {len(told)} of "
         f"{many(len(pairs), 'comparison')}"
     )
     by = {label: (a, b) for label, a, b in pairs}

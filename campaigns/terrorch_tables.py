@@ -27,7 +27,10 @@ from ckptflip.report.campaign.words import NONE, grouped, many, number, percent
 CHANCE = 0.5
 _ROUNDING = 1e-12
 # Studies with a figure, and what lies below it.
-FIGURES = {"T1": "bit error rate", "T4": "flips", "T5": "bit error rate"}
+_RATE, _FLIPS = "bit error rate", "flips"
+FIGURES = {
+    "T1": _RATE, "T2": _RATE, "T4": _FLIPS, "T5": _RATE, "T5-int8": _FLIPS, "T5-int4": _FLIPS,
+}  # fmt: skip
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 
@@ -68,8 +71,16 @@ class Line:
     @property
     def amount(self) -> float:
         """Bit error rate, or number of faults."""
-        held = {**(self.cell.policy or {}), **self.cell.swept}
-        return float(held.get("ber") or held.get("count") or 1)
+        return float(self._held.get("ber") or self._held.get("count") or 1)
+
+    @property
+    def is_rate(self) -> bool:
+        """Whether the amount is a bit error rate."""
+        return bool(self._held.get("ber"))
+
+    @property
+    def _held(self) -> dict[str, Any]:
+        return {**(self.cell.policy or {}), **self.cell.swept}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -166,6 +177,8 @@ def size(study: Study) -> str:
 
 def table(study: Study) -> list[list[str]]:
     """The cells as rows of text, the head first."""
+    if study.name == "T3":
+        return _grid(study)
     trained = any(line.cell.until > line.cell.epoch for line in study.lines)
     several = study.gathered.several_workloads
     head = [
@@ -184,6 +197,25 @@ def table(study: Study) -> list[list[str]]:
             *([extra[cell.id]] if extra else []),
         ])  # fmt: skip
     return lines
+
+
+def _grid(study: Study) -> list[list[str]]:
+    """A row for each model, since there are many: what each part that is hit loses, by error rate."""
+    groups = dict.fromkeys(line.group for line in study.lines)
+    bers = sorted({line.amount for line in study.lines})
+    lost = "/".join(f"{ber:g}" for ber in bers)
+    head = ["model"]
+    for group in groups:
+        head += [f"{group} hit: lost AUC at BER {lost}", f"{group} hit: loss at {bers[-1]:g}, mean, 95 %"]
+    rows = [head]
+    for model, lines in study.by(lambda line: line.cell.workload):
+        row = [model]
+        for group in groups:
+            of_group = sorted((line for line in lines if line.group == group), key=lambda line: line.amount)
+            row.append(", ".join(f"{line.lost.events} of {line.lost.trials}" for line in of_group))
+            row.append(loss(of_group[-1]) if of_group else NONE)
+        rows.append(row)
+    return rows
 
 
 def _flips(mean: float) -> str:
@@ -254,10 +286,15 @@ def _record(gathered: Gathered, flips: Any, trial: int) -> Record:
 
 def figure(study: Study) -> Any:
     """Mean loss of AUC over the amount of faults, a line for each group; None where none is drawn."""
-    if study.name not in FIGURES or not study.lines:
+    below = FIGURES.get(study.name)
+    if below is None or not study.lines:
         return None
     drawn, (panel,) = canvas(2.9)
-    for place, (name, lines) in enumerate(study.by(lambda line: line.group)):
+    groups = (
+        (name, [line for line in lines if line.is_rate == (below == _RATE)])
+        for name, lines in study.by(lambda line: line.group)
+    )
+    for place, (name, lines) in enumerate((name, lines) for name, lines in groups if lines):
         x = [line.amount for line in lines]
         y = np.array([line.loss for line in lines])
         ends = np.array([[line.interval.low, line.interval.high] for line in lines])
@@ -267,7 +304,7 @@ def figure(study: Study) -> Any:
         )  # fmt: skip
     panel.set_xscale("log")
     powers(panel.xaxis)
-    panel.set_xlabel(FIGURES[study.name])
+    panel.set_xlabel(below)
     panel.set_ylabel("loss of AUC, mean and 95 %")
     panel.grid(axis="y")
     panel.legend(loc="upper left", ncols=2)

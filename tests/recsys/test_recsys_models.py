@@ -9,6 +9,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+import ckptflip  # noqa: E402
 from ckptflip import torch_h5  # noqa: E402
 from ckptflip.checkpoints import opened  # noqa: E402
 from ckptflip.errors import UsageError  # noqa: E402
@@ -16,6 +17,7 @@ from ckptflip.recsys.models.configurations import CONFIGURATIONS, Dummy, configu
 from ckptflip.recsys.models.crossing import Dcn, WideDeep  # noqa: E402
 from ckptflip.recsys.models.dlrm import Dlrm, dummy  # noqa: E402
 from ckptflip.recsys.models.factorisation import Afm, DeepFm, Fm  # noqa: E402
+from ckptflip.recsys.tables import write_counts  # noqa: E402
 
 SIZES, DENSE, ROWS = (7, 3, 11), 2, 5
 STUDY = [Fm, DeepFm, Afm, WideDeep, Dcn, lambda *given: Dcn(*given, version=2)]
@@ -251,6 +253,26 @@ def test_tables_have_the_role_embedding(tmp_path, model):
     assert len(tables) in (3, 6)
     assert {name for name, role in roles.items() if role == "embedding"} == tables
     assert {role for name, role in roles.items() if name not in tables} <= {"weight", "bias"}
+
+
+def test_a_checkpoint_as_the_reference_saves_it(tmp_path):
+    """Its keys; hot rows of its tables by counts that carry the tables' own names."""
+    model = Dlrm((50, 20), DENSE, 4, (4,), (8, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    state = {"state_dict": model.state_dict(), "opt_state_dict": optimizer.state_dict(), "epoch": 0}
+    torch.save({"iter": 3, "train_acc": 0.7, **state}, tmp_path / "dlrm.pt")
+    write_counts(tmp_path / "counts.npz", {f"emb_l.{t}.weight": np.arange((50, 20)[t]) for t in (0, 1)})
+    record = ckptflip.inject(
+        tmp_path / "dlrm.pt", out=tmp_path / "bad.pt", roles="embedding", rows="hot:10%",
+        rows_weight=tmp_path / "counts.npz", fraction=1.0, seed=1,
+    )  # fmt: skip
+    bad = torch.load(tmp_path / "bad.pt")["state_dict"]
+    for name, before in state["state_dict"].items():
+        rows = len(before) - len(before) // 10 if name.startswith("emb_l") else len(before)
+        assert torch.equal(bad[name][:rows], before[:rows])
+        if name.startswith("emb_l"):
+            assert (bad[name][rows:].view(torch.int32) == ~before[rows:].view(torch.int32)).all()
+    assert record.bits_hit == (5 + 2) * 4 * 32
 
 
 def test_the_dummy_model_has_the_study_s_sizes():

@@ -17,10 +17,13 @@ import ckptflip  # noqa: E402
 from ckptflip import torch_h5  # noqa: E402
 from ckptflip.campaign import loading  # noqa: E402
 from ckptflip.campaign.cells import expand  # noqa: E402
+from ckptflip.campaign.statistics.intervals import Interval  # noqa: E402
+from ckptflip.campaign.store.rows import Cell  # noqa: E402
 from ckptflip.errors import UsageError, WorkloadError  # noqa: E402
 from ckptflip.recsys import recipes  # noqa: E402
 from ckptflip.recsys.tables import dequantise, quantise  # noqa: E402
 from ckptflip.recsys.workloads import served  # noqa: E402
+from ckptflip.report.campaign.rates import rates  # noqa: E402
 from ckptflip.training import find  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
@@ -211,3 +214,42 @@ def test_two_studies_run_and_are_written_up(tmp_path, monkeypatch, study):
     assert "failed" not in page
     with pytest.raises(ckptflip.errors.CkptflipError, match="no study T9"):
         study.specs(["T9"])
+
+
+def line(study, workload, group, ber, events):
+    """A cell in numbers, of 12 trials."""
+    cell = Cell(
+        key="", position=0, label=f"{group}, BER {ber:g}", workload=workload, epoch=0, until=0, wanted=12,
+        swept={"ber": ber},
+    )  # fmt: skip
+    rate = rates(np.array([events]), 12)[0]
+    return study.Line(cell, 12, 0, 1.0, 0.0, rate, rate, events / 100, Interval(0.0, 0.5, 0.95, ""), 0)
+
+
+def test_a_row_of_the_dummy_model_says_each_part_and_rate(study):
+    lines = [
+        line(study.tables, model, group, ber, events)
+        for model in ("embedding 64, MLP 64, sparsity 0.1", "embedding 512, MLP 64, sparsity 0.1")
+        for group, many in (("all", (0, 3)), ("tables", (1, 12)))
+        for ber, events in zip((1e-7, 1e-6), many, strict=True)
+    ]
+    head, first, second = study.tables.table(study.Study("T3", None, None, lines))
+    assert head[1:3] == ["all hit: lost AUC at BER 1e-07/1e-06", "all hit: loss at 1e-06, mean, 95 %"]
+    assert first == [
+        "embedding 64, MLP 64, sparsity 0.1", "0 of 12, 3 of 12", "0.0300 (0 to 0.5000)",
+        "1 of 12, 12 of 12", "0.1200 (0 to 0.5000)",
+    ]  # fmt: skip
+    assert second[1:] == first[1:]
+
+
+def test_what_is_compared_is_named_and_adjusted(study):
+    from terrorch_findings import AFTERWARDS, USELESS, compared
+
+    many, few = rates(np.array([11, 2]), 12)
+    (said,) = compared(
+        [("BER 1", many, few), ("BER 2", few, few)], f"{AFTERWARDS} a against b", ("a", "b"), USELESS
+    )
+    assert said == (
+        "Afterwards, a against b: the rates of evaluations that were useless differ in 1 of 2 comparisons: "
+        "BER 1 (92 % a, 17 % b)."
+    )
