@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from ckptflip.live.session import globs, narrowed
 from ckptflip.live.target import check
 from ckptflip.live.torch_calls import TorchCalls, is_meant
 from ckptflip.live.torch_gradients import BackwardPasses
-from ckptflip.live.torch_modules import Chosen, blinders, choose, shares, whole
+from ckptflip.live.torch_modules import blinders, choose, shares, whole
 from ckptflip.live.torch_tensors import TorchTarget, unwrapped
 
 
@@ -195,7 +195,3 @@ class Gradients:
             name = one.name.removeprefix("gradients/")
             if name != one.name and is_meant(name, self._globs):
                 self._left_out[name] = one.reason
-
-
-def _chosen(model: torch.nn.Module, asked: Mapping[str, Any], option: str) -> list[Chosen]:
-    return choose(model, asked[option], option) if option in asked else []
