@@ -182,10 +182,10 @@ def training(study: Study) -> list[str]:
     said = []
     for bits in dict.fromkeys(bits for bits, _ in by):
         of_these = [
-            f"{many(int(n), 'flip')}: {auc(by[bits, n].after)} right after, {loss(by[bits, n])} at the end"
+            f"{many(int(n), 'flip')}, {auc(by[bits, n].after)} right after and {loss(by[bits, n])} at the end"
             for n in counts
         ]
-        said.append(f"Mean loss of AUC, bits `{bits}`: {listed(of_these)}.")
+        said.append(f"Mean loss of AUC, bits `{bits}`: {'; '.join(of_these)}.")
     pairs = [(many(int(n), "flip"), by["critical", n].lost, by["all,!critical", n].lost) for n in counts]
     return said + compared(
         pairs, "The critical bit alone against all others, at the end", ("critical", "all others")
