@@ -133,7 +133,8 @@ def lookup3(data: bytes | bytearray) -> int:
     a = b = c = 0xDEADBEEF + len(data) & 0xFFFFFFFF
     if not data:
         return c
-    words = struct.unpack(f"<{-(-len(data) // 12) * 3}I", bytes(data) + b"\0" * (-len(data) % 12))
+    padded = bytes(data) + b"\0" * (-len(data) % 12)
+    words: tuple[int, ...] = struct.unpack(f"<{len(padded) // 4}I", padded)
     for i in range(0, len(words) - 3, 3):
         a, b, c = a + words[i], b + words[i + 1], c + words[i + 2]
         for by in (4, 6, 8, 16, 19, 4):
