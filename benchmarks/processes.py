@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import ckptflip
-from ckptflip.campaign.machine import processor
+from ckptflip.processor import processor
 
 GIB = 1 << 30
 _README = Path(__file__).parent.parent / "README.md"

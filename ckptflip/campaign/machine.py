@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import platform
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 from ckptflip import __version__
 from ckptflip.campaign.spec import Campaign
+from ckptflip.processor import processor
 
 _LIBRARIES = ("numpy", "scipy", "h5py", "torch", "keras", "tensorflow", "jax")
 
@@ -29,21 +29,6 @@ def machine() -> dict[str, Any]:
         "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "system": f"{platform.system()} {platform.release()}",
     }
-
-
-def processor() -> str:
-    """The processor's name, as far as the system tells.
-
-    Example:
-        >>> bool(processor())
-        True
-    """
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine() or "unknown processor"
 
 
 def versions() -> dict[str, str]:

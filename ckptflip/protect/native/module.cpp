@@ -1,5 +1,6 @@
 // The module `_kernels`: its table of functions. Each group of kernels has a source file of its own.
 #include "gemm.h"
+#include "intensity.h"
 #include "kernels.h"
 
 namespace ckptflip {
@@ -21,6 +22,10 @@ Isa isa() {
 
 namespace {
 
+PyCFunction fast(PyObject *(*function)(PyObject *, Arguments, Py_ssize_t)) {
+  return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
+}
+
 PyObject *name_of_isa(PyObject *, PyObject *) {
   static const char *const names[] = {"generic", "avx2", "avx512"};
   return PyUnicode_FromString(names[static_cast<int>(isa())]);
@@ -28,8 +33,12 @@ PyObject *name_of_isa(PyObject *, PyObject *) {
 
 PyMethodDef methods[] = {
     {"isa", name_of_isa, METH_NOARGS, "The instructions in use: avx512, avx2 or generic."},
-    {"gemm_float_rows", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(gemm_float_rows)), METH_FASTCALL,
-     "How many rows of a float product do not hold."},
+    {"gemm_float_rows", fast(gemm_float_rows), METH_FASTCALL, "How many rows of a float product do not hold."},
+    {"linear_rows", fast(linear_rows), METH_FASTCALL, "How many rows of a linear layer's output are suspect."},
+    {"linear_whole", fast(linear_whole), METH_FASTCALL, "1 where a linear layer's output is suspect as a whole."},
+    {"linear_tiles", fast(linear_tiles), METH_FASTCALL, "A linear layer; how many of its rows are suspect."},
+    {"linear_same", fast(linear_same), METH_FASTCALL, "Whether two stretches of memory hold the same bits."},
+    {"linear_panel", linear_panel, METH_NOARGS, "Outputs in a panel; up to how many outputs there are no panels."},
     {nullptr, nullptr, 0, nullptr},
 };
 

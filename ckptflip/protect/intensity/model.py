@@ -1,0 +1,184 @@
+"""A whole model protected: every linear layer with the cheapest check for its shape, measured once."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ckptflip.errors import UsageError
+from ckptflip.protect.detection import Detections, policy
+from ckptflip.protect.intensity.calibration import BUCKETS, bucket
+from ckptflip.protect.intensity.choice import Choice, cheapest
+from ckptflip.protect.intensity.layer import CheckedLinear
+from ckptflip.protect.intensity.roofline import Shape
+from ckptflip.protect.intensity.schemes import Scheme, chosen
+from ckptflip.protect.intensity.times import Times
+from ckptflip.protect.intensity.weights import prepared
+
+
+@dataclass(frozen=True, slots=True)
+class Protected:
+    """A protected model and how its checks were chosen.
+
+    Attributes:
+        model: call it like the one it was made from.
+        choices: one for each layer and batch that was measured.
+    """
+
+    model: torch.nn.Module
+    choices: list[Choice]
+
+    def detections(self) -> Detections:
+        """What the checks of all layers saw."""
+        checked = [module for module in self.model.modules() if isinstance(module, CheckedLinear)]
+        return sum((module.detections for module in checked), Detections())
+
+    def table(self) -> str:
+        """The choices, a line each: shape, FLOP per byte, scheme, each scheme's measured overhead, reason."""
+        schemes = [name for name in ("global", "row", "tile", "replication") if self._measured(name)]
+        head = ["layer", "m", "n", "k", "FLOP/B", "scheme", *schemes, "reason"]
+        lines = [head, *(self._line(choice, schemes) for choice in self.choices)]
+        widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+        texts = []
+        for line in lines:
+            cells = [
+                cell.ljust(width) if column in (0, 5, len(head) - 1) else cell.rjust(width)
+                for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+            ]
+            texts.append("  ".join(cells).rstrip())
+        return "\n".join(texts)
+
+    def _measured(self, scheme: str) -> bool:
+        return any(scheme in choice.seconds for choice in self.choices)
+
+    def _line(self, choice: Choice, schemes: list[str]) -> list[str]:
+        shape = choice.shape
+        found = [choice.overhead(name) for name in schemes]
+        overheads = ["-" if overhead is None else f"{overhead:+.1%}" for overhead in found]
+        sizes = [str(size) for size in (shape.rows, shape.outputs, shape.inputs)]
+        return [choice.layer, *sizes, f"{shape.intensity:.3g}", choice.scheme, *overheads, choice.reason]
+
+
+def protect(
+    model: torch.nn.Module,
+    example: Any,
+    *,
+    batches: Iterable[int] | None = None,
+    schemes: Sequence[str] | None = None,
+    on_error: str = "raise",
+    remeasure: bool = False,
+    cache_folder: str | Path | None = None,
+) -> Protected:
+    """Give every linear layer of a model the cheapest check for its shape, batch, dtype, threads and device.
+
+    The first call on a device measures, in turn, every scheme for every shape, some milliseconds each; the
+    times are kept in the user's cache folder. Numbers of rows in between take the choice of the next power of
+    two, those beyond what was measured that of the nearest.
+
+    Args:
+        model: any module; it is copied, its `torch.nn.Linear` layers are replaced, subclasses are left alone.
+        example: a batch that the model accepts: a tensor, or a tuple of arguments; the first dimension of the
+            first tensor counts the batch.
+        batches: batch sizes to measure for; by default that of the example alone.
+        schemes: which to choose from: `global`, `row`, `tile`, `replication`; by default all that can run.
+        on_error: `raise`, `count` or `recompute`.
+        remeasure: measure anew what is in the cache.
+        cache_folder: where measured times are kept; by default in the user's cache folder.
+
+    Raises:
+        UsageError: an unknown scheme or policy; no linear layer; none of the schemes can check a layer.
+
+    Example:
+        >>> folder = getfixture("tmp_path")
+        >>> model = torch.nn.Sequential(torch.nn.Linear(16, 8), torch.nn.ReLU(), torch.nn.Linear(8, 1))
+        >>> protected = protect(model, torch.rand(4, 16), cache_folder=folder)
+        >>> [choice.layer for choice in protected.choices]
+        ['0', '2']
+        >>> protected.model(torch.rand(4, 16)).shape, protected.detections().faulty
+        (torch.Size([4, 1]), 0)
+    """
+    policy(on_error)
+    asked = chosen(None if schemes is None else tuple(schemes))
+    arguments = example if isinstance(example, tuple) else (example,)
+    given = _batch(arguments)
+    sizes = (given,) if batches is None else tuple(batches)
+    if not sizes or any(size < 1 for size in sizes):
+        raise UsageError("batches are whole numbers from 1 on, one at least")
+    rows = _rows(model, arguments)
+    protected = copy.deepcopy(model).eval()
+    times, choices = Times(remeasure, None if cache_folder is None else Path(cache_folder)), []
+    for name in rows:
+        layer = protected.get_submodule(name)
+        buckets = sorted({bucket(rows[name] * size // given) for size in sizes})
+        made = [_choice(name, layer, m, times, asked) for m in buckets]
+        by_bucket = {size: _nearest(made, size).scheme for size in BUCKETS}
+        checked = CheckedLinear(layer, by_bucket, on_error=on_error, name=name or "linear")
+        protected = _replaced(protected, layer, checked)
+        choices += made
+    times.keep()
+    return Protected(protected, choices)
+
+
+def _batch(arguments: tuple[Any, ...]) -> int:
+    for argument in arguments:
+        if isinstance(argument, torch.Tensor) and argument.dim() and len(argument):
+            return len(argument)
+    raise UsageError("the example holds no tensor with a first dimension that counts the batch")
+
+
+def _rows(model: torch.nn.Module, arguments: tuple[Any, ...]) -> dict[str, int]:
+    """Rows that each linear layer is given for the example, by name; layers never called are left out."""
+    names = {module: name for name, module in model.named_modules() if type(module) is torch.nn.Linear}
+    if not names:
+        raise UsageError("the model has no torch.nn.Linear layer: there is nothing to protect")
+    seen: dict[str, int] = {}
+
+    def note(module: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
+        seen[names[module]] = inputs[0].numel() // max(inputs[0].shape[-1], 1)
+
+    hooks = [module.register_forward_pre_hook(note) for module in names]
+    training = [module for module in model.modules() if module.training]
+    try:
+        model.eval()
+        with torch.no_grad():
+            model(*arguments)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module in training:
+            module.training = True
+    if not seen:
+        raise UsageError("no torch.nn.Linear layer was called with the example: there is nothing to protect")
+    return {name: seen[name] for name in names.values() if name in seen}
+
+
+def _choice(name: str, layer: Any, rows: int, times: Times, asked: tuple[Scheme, ...]) -> Choice:
+    """The cheapest of the schemes that were asked for and that fit."""
+    known = times.of(layer.weight, layer.bias, rows)
+    seconds = {s: known[s] for s in ("none", *(scheme.name for scheme in asked)) if s in known}
+    if len(seconds) < 2:
+        why = asked[0].unfit(prepared(layer.weight, layer.bias))
+        raise UsageError(f"layer {name or 'linear'}: none of the schemes asked for can check it: {why}")
+    n, k = layer.weight.shape
+    shape = Shape(rows, n, k, layer.weight.element_size())
+    return Choice(name or "linear", shape, cheapest(seconds), seconds, times.balance(layer.weight))
+
+
+def _nearest(choices: list[Choice], rows: int) -> Choice:
+    return min(choices, key=lambda choice: abs(choice.shape.rows.bit_length() - rows.bit_length()))
+
+
+def _replaced(model: torch.nn.Module, layer: torch.nn.Module, by: torch.nn.Module) -> torch.nn.Module:
+    """The model with a layer replaced wherever it is used."""
+    if model is layer:
+        return by
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if module is layer:
+            parent, _, last = name.rpartition(".")
+            setattr(model.get_submodule(parent), last, by)
+    return model
