@@ -17,6 +17,9 @@ _HOMES = {
     "convert": "ckptflip.conversion",
     "diff": "ckptflip.compare",
     "scan": "ckptflip.compare",
+    "repair": "ckptflip.protect.seals",
+    "seal": "ckptflip.protect.seals",
+    "verify": "ckptflip.protect.seals",
     "Policy": "ckptflip.faults",
     "opened": "ckptflip.checkpoints",
     "CkptflipError": "ckptflip.errors",
@@ -29,9 +32,12 @@ __all__ = [
     "diff",
     "inject",
     "opened",
+    "repair",
     "replay",
     "scan",
+    "seal",
     "undo",
+    "verify",
 ]
 
 if TYPE_CHECKING:
@@ -41,6 +47,7 @@ if TYPE_CHECKING:
     from ckptflip.conversion import convert
     from ckptflip.errors import CkptflipError
     from ckptflip.faults import Policy
+    from ckptflip.protect.seals import repair, seal, verify
 
 
 def __dir__() -> list[str]:

@@ -41,6 +41,16 @@ class RecordError(CkptflipError):
     """A record that cannot be read, or that does not belong to this checkpoint."""
 
 
+class SealError(CkptflipError):
+    """A seal that is missing, cut, damaged or of another checkpoint: nothing can be verified with it."""
+
+
+class DamagedCheckpointError(CheckpointError):
+    """A sealed checkpoint whose bytes are no longer those that were sealed."""
+
+    exit_code = 3
+
+
 class MissingExtraError(CkptflipError):
     """A library is missing that an extra of this package brings."""
 

@@ -38,21 +38,25 @@ _KINDS = {
 }
 
 
-def flipped_name(path: Path) -> Path:
+def flipped_name(path: Path, word: str = "flipped") -> Path:
     """Where an altered checkpoint goes unless told otherwise.
+
+    Args:
+        path: the checkpoint.
+        word: what its name gets before the suffix.
 
     Example:
         >>> str(flipped_name(Path("runs/model.weights.h5"))), str(flipped_name(Path("ckpt-5")))
         ('runs/model.flipped.weights.h5', 'ckpt-5.flipped')
     """
     if path.is_dir():
-        return path.with_name(f"{path.name}.flipped")
+        return path.with_name(f"{path.name}.{word}")
     for suffix in _LONG_SUFFIXES:
         if path.name.endswith(suffix) and path.name != suffix:
-            return path.with_name(f"{path.name.removesuffix(suffix)}.flipped{suffix}")
+            return path.with_name(f"{path.name.removesuffix(suffix)}.{word}{suffix}")
     if not path.exists():  # a prefix that stands for several files
-        return path.with_name(f"{path.name}.flipped")
-    return path.with_name(f"{path.stem}.flipped{path.suffix}")
+        return path.with_name(f"{path.name}.{word}")
+    return path.with_name(f"{path.stem}.{word}{path.suffix}")
 
 
 def size(paths: Sequence[Path]) -> int:
@@ -99,7 +103,7 @@ def check_new(out: Path, *, overwrite: bool, folder: bool) -> None:
         raise UsageError(f"{out} exists; name another, or replace it with --overwrite")
 
 
-def _check_replaceable(out: Path) -> None:
+def check_replaceable(out: Path) -> None:
     """Refuse to replace a folder that is more than an old checkpoint: deleting it could not be taken back."""
     if not out.is_dir():
         return
@@ -186,7 +190,7 @@ def _new_folder(out: Path, source: Path, *, overwrite: bool, progress: Progress 
     same = out.resolve() == source.resolve()
     if not same:
         check_new(out, overwrite=overwrite, folder=True)
-    _check_replaceable(out)
+    check_replaceable(out)
     temporary = files.temporary_beside(out)
     try:
         _copy_folder(source, temporary, progress)

@@ -8,7 +8,8 @@ polynomial, done by repeated squaring (the idea of `crc32_combine` in zlib 1.2.2
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -64,6 +65,45 @@ def checksum(algorithm: str, data: bytes | memoryview) -> int:
     # All zeros of this length first, then what makes them the data.
     start = _advance_by(algorithm, np.array([0xFFFFFFFF], np.uint32), values.size)
     return (int(start[0]) ^ 0xFFFFFFFF) ^ delta(algorithm, values.size - 1 - at, values[at])
+
+
+def of_flips(algorithm: str, count: int) -> NDArray[np.uint32]:
+    """What a flip of each bit of a byte does to a CRC, by how many bytes follow it, shape (count, 8).
+
+    Args:
+        algorithm: ``crc32`` or ``crc32c``.
+        count: for 0 to ``count - 1`` bytes behind.
+
+    Example:
+        >>> import zlib
+        >>> hex(zlib.crc32(b"abcd") ^ zlib.crc32(b"aB" b"cd")) == hex(int(of_flips("crc32", 3)[2, 5]))
+        True
+    """
+    table = _byte_table(algorithm)[1 << np.arange(8)]
+    return _series(table, count, partial(_advance, algorithm))
+
+
+def rewound(algorithm: str, change: int, count: int) -> NDArray[np.uint32]:
+    """The registers that so many zero bytes, 0 to ``count - 1``, turn into a given change of a CRC.
+
+    A change that lies in four neighbouring bytes alone, with `b` bytes behind them, is the little-endian mask
+    ``rewound(…)[b + 4]`` of them: a CRC of 32 bits tells any burst of 32 bits whose place is known.
+
+    Example:
+        >>> import zlib
+        >>> change = zlib.crc32(b"abcdefgh") ^ zlib.crc32(b"ab" + bytes(4) + b"gh")
+        >>> int(rewound("crc32", change, 7)[6]).to_bytes(4, "little")
+        b'cdef'
+    """
+    back = _inverted(_matrix(algorithm, 0))
+    powers = [back]
+
+    def behind(power: int, registers: NDArray[np.uint32]) -> NDArray[np.uint32]:
+        while len(powers) <= power:
+            powers.append(_times(powers[-1], powers[-1]))
+        return _times(powers[power], registers)
+
+    return _series(np.array([change], np.uint32), count, behind)[:, 0]
 
 
 def mask(crc: int) -> int:
@@ -130,6 +170,41 @@ def _advance(algorithm: str, power: int, registers: NDArray[np.uint32]) -> NDArr
     for byte in range(1, 4):
         found = found ^ tables[byte][registers >> np.uint32(8 * byte) & 0xFF]
     return found
+
+
+def _series(
+    first: NDArray[np.uint32], count: int, step: Callable[[int, NDArray[np.uint32]], NDArray[np.uint32]]
+) -> NDArray[np.uint32]:
+    """Registers after 0 to ``count - 1`` steps, by doubling.
+
+    Args:
+        first: after none.
+        count: how many are wanted.
+        step: takes 2^power steps at once.
+    """
+    made = np.empty((count, *first.shape), np.uint32)
+    made[0] = first
+    power = 0
+    while 1 << power < count:
+        have = 1 << power
+        more = min(have, count - have)
+        made[have : have + more] = step(power, made[:more].reshape(-1)).reshape(more, -1)
+        power += 1
+    return made
+
+
+def _inverted(matrix: NDArray[np.uint32]) -> NDArray[np.uint32]:
+    """The inverse of a 32 × 32 matrix over GF(2), columns as registers, by elimination."""
+    columns, inverse = [int(c) for c in matrix], [1 << i for i in range(32)]
+    for bit in range(32):
+        pivot = next(i for i in range(bit, 32) if columns[i] >> bit & 1)
+        for one in (columns, inverse):
+            one[bit], one[pivot] = one[pivot], one[bit]
+        for other in range(32):
+            if other != bit and columns[other] >> bit & 1:
+                columns[other] ^= columns[bit]
+                inverse[other] ^= inverse[bit]
+    return np.array(inverse, np.uint32)
 
 
 def _advance_by(algorithm: str, registers: NDArray[np.uint32], count: int) -> NDArray[np.uint32]:

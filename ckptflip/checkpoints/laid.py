@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptflip.checkpoints import patch, stored_crcs
+from ckptflip.checkpoints.extents import Extent, in_piece
 from ckptflip.checkpoints.patch import Patch
 from ckptflip.checkpoints.pieces import Layout, is_plain, located
 from ckptflip.checkpoints.stored_crcs import StoredCrc
@@ -31,7 +32,11 @@ Renaming = Callable[[Path], Sequence[NewFile]]
 
 
 class Blobs(Protocol):
-    """Data that is stored coded: a compressed chunk, a deflated member, a list of varints."""
+    """Data that is stored coded: a compressed chunk, a deflated member, a list of varints.
+
+    One that knows where a blob lies also has ``extent(blob)``: the file, its first and end byte and a name of
+    the part, or None.
+    """
 
     def decode(self, blob: int) -> NDArray[np.uint8]:
         """The decoded bytes of a blob.
@@ -174,6 +179,20 @@ class LaidOut:
         if coded:
             finish = lambda: self._recode(coded, [Path(t) for t in targets], checksum)  # noqa: E731
         return Prepared(patches, tuple(entries), finish)
+
+    def extents(self) -> Iterator[Extent]:
+        """Every range of a file in which words lie: see `ckptflip.checkpoints.extents`."""
+        coded = getattr(self.blobs, "extent", None)
+        for tensor, layout in enumerate(self.layouts):
+            for piece in layout.pieces if self.tensors[tensor].words else ():
+                if piece.file < len(self.files):
+                    span = piece.span(layout.width)
+                    yield Extent(tensor, piece.file, *span, locate=in_piece(layout, piece))
+                elif coded is not None:
+                    found = coded(piece.file - len(self.files))
+                    if found is not None:
+                        file, start, end, part = found
+                        yield Extent(tensor, file, start, end, part=part)
 
     def renamed(self, out: Path) -> Sequence[NewFile]:
         """The files under another name."""

@@ -15,7 +15,7 @@ from ckptflip import __version__
 from ckptflip.cli.options import HELP
 from ckptflip.errors import CkptflipError
 
-# In the order of the help text: look, alter, look again, train, run campaigns.
+# In the order of the help text: look, alter, look again, protect, train, run campaigns.
 COMMANDS = (
     "ls",
     "inject",
@@ -25,6 +25,9 @@ COMMANDS = (
     "import-faults",
     "diff",
     "scan",
+    "seal",
+    "verify",
+    "repair",
     "propagation",
     "convert",
     "loaders",

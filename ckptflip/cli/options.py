@@ -173,14 +173,21 @@ def progress_bar(path: str | Path, label: str) -> Iterator[Callable[[int], None]
         yield bar.update
 
 
-def picked(checkpoint: str, epoch: int | None) -> Path:
+def picked(checkpoint: str, epoch: int | None, *, folders: bool = False) -> Path:
     """The checkpoint meant by CKPT and --epoch.
+
+    Args:
+        checkpoint: CKPT.
+        epoch: as asked for.
+        folders: whether a folder without an epoch is meant as a whole.
 
     Raises:
         UsageError: --epoch beside a single checkpoint.
         CheckpointError: there is no such checkpoint.
     """
     if epoch is None and "{" not in checkpoint and not Path(checkpoint).is_dir():
+        return Path(checkpoint)
+    if folders and epoch is None and Path(checkpoint).is_dir():
         return Path(checkpoint)
     from ckptflip.checkpoints.epochs import is_many, pick
     from ckptflip.checkpoints.registry import find
@@ -204,6 +211,10 @@ def written(source: Path, output: str | None, in_place: bool) -> Path | None:
         return None
     return Path(output) if output is not None else flipped_name(source)
 
+
+workers_option = click.option(
+    "--workers", type=int, metavar="N", help="Threads.  [default: one for each processor, at most 8]"
+)
 
 epoch_option = click.option(
     "--epoch", type=int, metavar="N", help="When CKPT is a folder, or a pattern such as ckpt_{epoch:03d}.h5."

@@ -195,6 +195,14 @@ class Chunks:
         rest = (range(0, n, c) for n, c in zip(self._place.shape[1:], steps[1:], strict=True))
         return product(range(start, last, steps[0]), *rest)
 
+    def stored(self) -> Iterator[tuple[tuple[int, ...], int, int, int]]:
+        """Every chunk that was written: first record along each axis, first byte, bytes, skipped filters."""
+        if self._index is None:
+            self._index = {}
+            self._dataset.chunk_iter(self._note)
+        for coordinates, found in self._index.items():
+            yield (coordinates, *self._checked(coordinates, *found))
+
     def decoded(self, coordinates: tuple[int, ...]) -> NDArray[np.uint8]:
         """The records of one chunk, shape (records of a chunk, bytes of a record); not to be altered."""
         offset, size, mask = self._stored(coordinates, many=False)

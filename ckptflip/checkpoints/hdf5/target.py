@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from h5py import h5d, h5s
 from numpy.typing import NDArray
 
 from ckptflip.checkpoints import patch
+from ckptflip.checkpoints.extents import Extent
 from ckptflip.checkpoints.hdf5.checksums import TouchedWords, checksum_patches
+from ckptflip.checkpoints.hdf5.extents import of_dataset
 from ckptflip.checkpoints.hdf5.places import (
     Chunks,
     Part,
@@ -278,6 +281,12 @@ class HDF5Checkpoint:
         gathered = {t: self._gather(t) for t in rest if self._is_gathered(t)}
         tensors, datasets, fields = self._stored, self._datasets, self._fields
         return lambda: rewrite(target, changes, rest, tensors, datasets, fields, checksum, gathered)
+
+    def extents(self) -> Iterator[Extent]:
+        """Every range of the file in which words lie: see `ckptflip.checkpoints.extents`."""
+        for tensor, (place, field) in enumerate(zip(self._datasets, self._fields, strict=True)):
+            with self._readable(tensor):
+                yield from of_dataset(tensor, place, field, partial(self._chunks_of, place))
 
     def renamed(self, out: Path) -> Sequence[NewFile]:
         """One file, under any name."""

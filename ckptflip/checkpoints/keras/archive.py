@@ -16,6 +16,7 @@ from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from ckptflip.checkpoints import files, patch, stored_crcs, zip_rewrite
+from ckptflip.checkpoints.extents import Extent
 from ckptflip.checkpoints.files import open_plain
 from ckptflip.checkpoints.hdf5.target import HDF5Checkpoint
 from ckptflip.checkpoints.hdf5.window import Window
@@ -130,6 +131,15 @@ class Archive:
         )
         target = self.path if paths is None else paths[0]
         return Prepared([*made.patches, *stored_crcs.as_patches(entries, [str(target)])], tuple(entries))
+
+    def extents(self) -> Iterator[Extent]:
+        """Every range of the file in which words lie: see `ckptflip.checkpoints.extents`."""
+        if self._member.method == STORED:
+            yield from self._weights.extents()
+            return
+        start, end = self._member.offset, self._member.offset + self._member.packed
+        for tensor in range(len(self.tensors)):
+            yield Extent(tensor, 0, start, end, part=f"member {WEIGHTS}")
 
     def renamed(self, out: Path) -> Sequence[NewFile]:
         """One file, under any name."""

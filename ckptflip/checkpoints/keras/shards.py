@@ -14,6 +14,7 @@ from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from ckptflip.checkpoints import shard_index
+from ckptflip.checkpoints.extents import Extent
 from ckptflip.checkpoints.hdf5.target import HDF5Checkpoint
 from ckptflip.checkpoints.keras.marks import Marks
 from ckptflip.checkpoints.keras.names import renamed
@@ -121,6 +122,14 @@ class Shards:
             if made.finish is not None:
                 finishes.append(made.finish)
         return Prepared(patches, (), (lambda: _all(finishes)) if finishes else None)
+
+    def extents(self) -> Iterator[Extent]:
+        """Every range of a shard in which words lie: see `ckptflip.checkpoints.extents`."""
+        position = {(p.shard, p.tensor): i for i, p in enumerate(self._places)}
+        for shard, checkpoint in enumerate(self._shards):
+            for each in checkpoint.extents():
+                if (shard, each.tensor) in position:
+                    yield replace(each, tensor=position[shard, each.tensor], file=1 + shard)
 
     def renamed(self, out: Path) -> Sequence[NewFile]:
         """The index under another name, and its shards, which carry that name too.

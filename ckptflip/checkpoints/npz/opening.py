@@ -35,12 +35,13 @@ class Unpacked:
 
     Args:
         path: the archive.
-        names: of the members, in the order of the blobs.
+        used: the members, in the order of the blobs.
     """
 
-    def __init__(self, path: Path, names: Sequence[str]) -> None:
+    def __init__(self, path: Path, used: Sequence[Member]) -> None:
         self._path = path
-        self._names = names
+        self._members = used
+        self._names = [m.name for m in used]
 
     def decode(self, blob: int) -> NDArray[np.uint8]:
         """The contents of a member.
@@ -54,6 +55,11 @@ class Unpacked:
         except OSError as why:
             raise CheckpointError(f"{self._path} cannot be read: {why.strerror or why}") from None
         return np.frombuffer(contents, np.uint8)
+
+    def extent(self, blob: int) -> tuple[int, int, int, str]:
+        """Where a member's data is stored: file, first and end byte, and its name."""
+        member = self._members[blob]
+        return 0, member.offset, member.offset + member.packed, f"member {member.name}"
 
     def encode(self, changed: Mapping[int, NDArray[np.uint8]], paths: Sequence[Path], checksum: str) -> None:
         """Write new contents of some members into a copy of the archive.
@@ -127,7 +133,7 @@ def _open_npz(path: Path, archive: Members, fd: int) -> LaidOut:
         [a.layout for a in arrays],
         skipped=[*skipped, *repeated],
         crcs=() if coded else [_crc(m) for m in used],
-        blobs=Unpacked(path, [m.name for m in used]) if coded else None,
+        blobs=Unpacked(path, used) if coded else None,
     )
 
 

@@ -40,7 +40,7 @@ class Relocatable:
         self.path, self.format, self.folder = laid.path, laid.format, laid.folder
         self.files, self.tensors, self.skipped = laid.files, laid.tensors, laid.skipped
         self.read, self.blocks, self.by_patching = laid.read, laid.blocks, laid.by_patching
-        self.renamed, self.close = laid.renamed, laid.close
+        self.renamed, self.close, self.extents = laid.renamed, laid.close, laid.extents
 
     def prepare(
         self,

@@ -68,6 +68,11 @@ class Varints:
             raise CheckpointError(f"{self._path} is a damaged ONNX model: {why}") from None
         return values.astype(each.number.word_dtype.newbyteorder("<")).view(np.uint8)
 
+    def extent(self, blob: int) -> tuple[int, int, int, str]:
+        """Where a list is stored: file, first and end byte, and what it is."""
+        span = self._lists[blob].span
+        return 0, span.start, span.end, "list of varints"
+
     def encode(self, changed: Mapping[int, NDArray[np.uint8]], paths: Sequence[Path], checksum: str) -> None:
         """Write new words of some lists into a copy of the model, and the lengths of all that they lie in.
 

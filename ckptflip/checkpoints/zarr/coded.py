@@ -48,6 +48,16 @@ class CodedChunks:
         self._kept.move_to_end(blob)
         return self._kept[blob]
 
+    def extent(self, blob: int) -> tuple[int, int, int, str] | None:
+        """Where a chunk is stored: file, first and end byte, and its name; None where that is in no file."""
+        chunk = self._chunks[blob]
+        value = chunk.value
+        if value is None or value.file < 0 or chunk.length < 0:
+            return None
+        start = value.offset + chunk.start
+        inner = f", part {chunk.inner}" if chunk.inner >= 0 else ""
+        return value.file, start, start + chunk.length, f"chunk {chunk.key}{inner}"
+
     def encode(self, changed: Mapping[int, NDArray[np.uint8]], paths: Sequence[Path], checksum: str) -> None:
         """Write new words of some chunks into a copy of the checkpoint's folder."""
         by_value: dict[tuple[int, str], list[int]] = {}
