@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import click
 
-from ckptflip.cli.options import format_option, progress_bar, workers_option
+from ckptflip.cli.options import HELP, format_option, progress_bar, workers_option
 from ckptflip.cli.verify import COLUMNS, row
 
 
-@click.command()
+@click.command(context_settings=HELP)
 @click.argument("ckpt")
 @click.option(
     "-o",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from ckptflip.cli.options import epoch_option, picked, progress_bar, workers_option
+from ckptflip.cli.options import HELP, epoch_option, picked, progress_bar, workers_option
 
 
 def _share(_: click.Context, __: click.Parameter, text: str | None) -> float | None:
@@ -19,7 +19,7 @@ def _share(_: click.Context, __: click.Parameter, text: str | None) -> float | N
         ) from None
 
 
-@click.command()
+@click.command(context_settings=HELP)
 @click.argument("ckpt")
 @epoch_option
 @click.option(

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ckptflip.cli.options import epoch_option, format_option, picked, progress_bar, workers_option
+from ckptflip.cli.options import HELP, epoch_option, format_option, picked, progress_bar, workers_option
 
 if TYPE_CHECKING:
     from ckptflip.protect.seals import Damage
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 COLUMNS = ("what", "file", "start", "end", "tensor", "element", "index", "bit", "bits", "mendable", "note")
 
 
-@click.command()
+@click.command(context_settings=HELP)
 @click.argument("ckpt")
 @epoch_option
 @click.option("--seal", type=click.Path(), metavar="FILE", help="Its seal.  [default: CKPT.seal]")

@@ -10,7 +10,6 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 from h5py import h5d, h5s
 from numpy.typing import NDArray
@@ -19,6 +18,7 @@ from ckptflip.checkpoints import patch
 from ckptflip.checkpoints.extents import Extent
 from ckptflip.checkpoints.hdf5.checksums import TouchedWords, checksum_patches
 from ckptflip.checkpoints.hdf5.extents import of_dataset
+from ckptflip.checkpoints.hdf5.opening import open_file, why_unreadable
 from ckptflip.checkpoints.hdf5.places import (
     Chunks,
     Part,
@@ -65,9 +65,9 @@ class HDF5Checkpoint:
         self.files: Sequence[Path] = [path]
         self.folder: Path | None = None
         try:
-            self._file = _open(path, member)
+            self._file = open_file(path, member)
         except OSError as why:
-            raise CheckpointError(_why_unreadable(path, member, why)) from None
+            raise CheckpointError(why_unreadable(path, member, why)) from None
         try:
             self._size = path.stat().st_size if member is None else member.length
             self._user_block = self._file.userblock_size
@@ -385,26 +385,3 @@ def _names(tensors: Sequence[Tensor], marks: Marks) -> Sequence[Tensor]:
     from ckptflip.checkpoints.keras.names import renamed
 
     return renamed(tensors, marks)
-
-
-def _open(path: Path, member: Window | None) -> h5py.File:
-    """Open for reading under the lock that the caller holds, so without HDF5's own."""
-    if member is not None:
-        return h5py.File(member, "r")
-    try:
-        return h5py.File(path, "r", locking=False)
-    except OSError as why:
-        if "locking flag" not in str(why):
-            raise
-        # This very process holds the file open, with locks; then HDF5 insists on them here too.
-        return h5py.File(path, "r")
-
-
-def _why_unreadable(path: Path, member: Window | None, why: OSError) -> str:
-    text = str(why)
-    where, size = (path, path.stat().st_size) if member is None else (member.where, member.length)
-    if "truncated" in text:
-        return f"{where} is a truncated HDF5 file: its end is missing. Copy or download it again"
-    if "file signature not found" in text or size == 0:
-        return f"{where} is not an HDF5 file (its signature is missing)"
-    return f"{where} is damaged HDF5: {text}"
