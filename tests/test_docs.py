@@ -21,7 +21,8 @@ PAGES_WITH_EXAMPLES = [
 
 NEEDED = {
     **dict.fromkeys(
-        ("README", "vision", "pytorch", "dcp", "propagation", "campaigns", "recsys", "live"), ("torch",)
+        ("README", "vision", "pytorch", "dcp", "propagation", "campaigns", "recsys", "live", "clipping"),
+        ("torch",),
     ),
     **dict.fromkeys(("keras", "training"), ("keras", "torch")),
     "callbacks": ("torch", "sklearn", "keras", "lightning", "transformers", "accelerate", "skorch"),

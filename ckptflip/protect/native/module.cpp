@@ -5,6 +5,9 @@
 
 namespace ckptflip {
 
+// In clipping.cpp.
+PyObject *clip(PyObject *, Arguments, Py_ssize_t);
+
 Isa isa() {
 #if defined(__x86_64__) && defined(__GNUC__)
   static const Isa found = [] {
@@ -33,6 +36,7 @@ PyObject *name_of_isa(PyObject *, PyObject *) {
 
 PyMethodDef methods[] = {
     {"isa", name_of_isa, METH_NOARGS, "The instructions in use: avx512, avx2 or generic."},
+    {"clip", fast(clip), METH_FASTCALL, "How many values lie beyond bounds; they are replaced if told."},
     {"gemm_float_rows", fast(gemm_float_rows), METH_FASTCALL, "How many rows of a float product do not hold."},
     {"linear_rows", fast(linear_rows), METH_FASTCALL, "How many rows of a linear layer's output are suspect."},
     {"linear_whole", fast(linear_whole), METH_FASTCALL, "1 where a linear layer's output is suspect as a whole."},

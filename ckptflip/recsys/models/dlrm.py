@@ -9,7 +9,7 @@ probabilities refuses the NaN that a fault may bring.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 from ckptflip.errors import MissingExtraError, UsageError
@@ -65,7 +65,7 @@ class Dlrm(nn.Module):  # type: ignore[misc]
         if top[-1] != 1:
             raise UsageError(f"the top MLP ends in 1 unit, not {top[-1]}")
         vectors = len(sizes) + 1
-        self.emb_l = nn.ModuleList(_table(rows, embedding, sparse) for rows in sizes)
+        self.emb_l = Tables(_table(rows, embedding, sparse) for rows in sizes)
         self.bot_l = _mlp([dense, *bottom], last_relu=True)
         self.top_l = _mlp([embedding + vectors * (vectors - 1) // 2, *top], last_relu=False)
 
@@ -95,10 +95,24 @@ def dummy(sizes: Dummy) -> Dlrm:
     return Dlrm((sizes.rows,) * sizes.tables, sizes.dense, sizes.embedding, sizes.bottom, sizes.top)
 
 
-def look_up(tables: nn.ModuleList, ids: torch.Tensor) -> torch.Tensor:
+class Tables(nn.ModuleList):  # type: ignore[misc]
+    """The tables of a model, looked up together; so that what all of them give passes one module."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """The rows that each sample looks up, those of a bag summed: float[n, tables, columns]."""
+        return torch.stack(list(self.each(ids)), dim=1)
+
+    def each(self, ids: torch.Tensor) -> Iterator[torch.Tensor]:
+        """The rows out of one table after the other: float[n, columns]."""
+        bags = ids.unsqueeze(2) if ids.dim() == 2 else ids
+        for place, table in enumerate(self):
+            yield table(bags[:, place])
+
+
+def look_up(tables: Tables, ids: torch.Tensor) -> torch.Tensor:
     """The rows that each sample looks up, those of a bag summed: float[n, tables, columns]."""
-    bags = ids.unsqueeze(2) if ids.dim() == 2 else ids
-    return torch.stack([table(bags[:, place]) for place, table in enumerate(tables)], dim=1)
+    rows: torch.Tensor = tables(ids)
+    return rows
 
 
 def interact(bottom: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ try:
 except ImportError as error:
     raise MissingExtraError("torch", "torch", "The recommendation models") from error
 
-from ckptflip.recsys.models.dlrm import look_up
+from ckptflip.recsys.models.dlrm import Tables, look_up
 
 # Rendle, "Factorization machines with libFM" (2012), draws factors from a narrow normal distribution.
 _SPREAD = 0.01
@@ -40,10 +40,10 @@ class Fields(nn.Module):  # type: ignore[misc]
                 f"a model has tables of 1 or more rows and columns, and 0 or more dense features: "
                 f"{len(sizes)} tables, {embedding} columns, {dense} dense features"
             )
-        self.emb_l = nn.ModuleList(_table(rows, embedding, _SPREAD) for rows in sizes)
+        self.emb_l = Tables(_table(rows, embedding, _SPREAD) for rows in sizes)
         self.dense_l = Scaled(dense, embedding) if dense and dense_fields else None
         if first_order:
-            self.linear_emb = nn.ModuleList(_table(rows, 1, 0.0) for rows in sizes)
+            self.linear_emb = Tables(_table(rows, 1, 0.0) for rows in sizes)
             self.linear = Linear(dense)
         self.count = len(sizes) + (dense if dense_fields else 0)
         self.flat_width = len(sizes) * embedding + dense

@@ -1,0 +1,121 @@
+"""Clipping of a PyTorch model: bounds learnt from its layers, and put on them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from ckptflip.errors import UsageError
+from ckptflip.live.torch_modules import Chosen, Wanted
+from ckptflip.live.torch_values import leaves
+from ckptflip.protect.clipping.bounds import Bound, Bounds, check_layers
+from ckptflip.protect.clipping.part import Clipped
+from ckptflip.protect.clipping.rules import as_floats
+from ckptflip.protect.clipping.spread import Spread
+from ckptflip.protect.clipping.torch_places import kinds, linears, owned, places, plain, rectified
+from ckptflip.protect.clipping.torch_values import Clip, Gatherer, Hook, Rectifier
+from ckptflip.recsys.models.dlrm import Tables
+
+
+def clip(model: Any, bounds: Bounds) -> Clipped:
+    """Clip the layers that the bounds name: by a hook each, or in the ReLU behind a layer."""
+    inner = plain(model)
+    check_layers(bounds, kinds(inner))
+    modules = dict(inner.named_modules(remove_duplicate=False))
+    named = [modules[bound.layer] for bound in bounds.layers]
+    _check_bare(inner)
+    own = owned(inner, [bound.layer for bound in bounds.layers])
+    behind = rectified(inner, [module for module in named if own[id(module)]])
+    clips, undo = [], []
+    for bound, module in zip(bounds.layers, named, strict=True):
+        clips.append(Clip(bound, bounds.replacements(bound), own[id(module)]))
+        undo.append(_put(module, clips[-1], behind.get(id(module))))
+    return Clipped(bounds, [made.seen for made in clips], undo)
+
+
+def spreads(model: Any, batches: Iterable[Any], layers: Wanted | None) -> dict[Bound, Spread]:
+    """What each layer gives on clean data.
+
+    Args:
+        model: it is called in evaluation mode and without autograd, and left as it was.
+        batches: as `ckptflip.protect.clipping.calibrate` takes them.
+        layers: as `places` takes them.
+
+    Returns:
+        A spread per layer; the layer and its kind are in a `Bound` without bounds yet.
+    """
+    inner = plain(model)
+    _check_bare(inner)
+    chosen = places(inner, layers)
+    found = {one.name: Spread() for one in chosen}
+    handles = [one.module.register_forward_hook(_observer(found[one.name])) for one in chosen]
+    try:
+        with _evaluating(inner), torch.no_grad():
+            for batch in batches:
+                _call(inner, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {_unbound(one): found[one.name] for one in chosen}
+
+
+def named(model: Any, layers: Wanted | None) -> list[Bound]:
+    """The layers that fixed bounds hold for, without bounds yet; by default all linear ones but the last."""
+    inner = plain(model)
+    return [_unbound(one) for one in places(inner, linears(inner) if layers is None else layers)]
+
+
+def _put(module: torch.nn.Module, clip: Clip, after: torch.nn.Module | None) -> Callable[[], object]:
+    """Clip a module by a hook, in the ReLU behind it, or within a list of tables; returns what undoes it."""
+    if after is None and type(module) is not Tables:
+        remove: Callable[[], object] = module.register_forward_hook(Hook(clip)).remove
+        return remove
+    changed, forward = (module, Gatherer(clip, module)) if after is None else (after, Rectifier(clip))
+    changed.forward = forward
+    return lambda: changed.__dict__.pop("forward", None)
+
+
+def _check_bare(model: torch.nn.Module) -> None:
+    """Raise UsageError where a model is clipped already."""
+    for name, module in model.named_modules():
+        hooks = (*module._forward_hooks.values(), module.__dict__.get("forward"))
+        if any(isinstance(one, Hook | Rectifier | Gatherer) for one in hooks):
+            raise UsageError(f"the model is clipped already, in {name!r}: take that off first, with remove()")
+
+
+def _unbound(one: Chosen) -> Bound:
+    return Bound(one.name, type(one.module).__name__, -math.inf, math.inf)
+
+
+def _observer(spread: Spread) -> Callable[[torch.nn.Module, Any, Any], None]:
+    def look(module: torch.nn.Module, given: Any, output: Any) -> None:
+        for _, tensor in leaves(output):
+            if tensor.is_floating_point():
+                spread.add(as_floats(tensor.detach().to("cpu", torch.float64).numpy()))
+
+    return look
+
+
+@contextmanager
+def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Evaluation mode, and each module's own one again."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _call(model: torch.nn.Module, batch: Any) -> None:
+    if isinstance(batch, Mapping):
+        model(**batch)
+    elif isinstance(batch, tuple | list):
+        model(*batch)
+    else:
+        model(batch)
