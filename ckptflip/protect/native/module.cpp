@@ -37,6 +37,9 @@ PyObject *name_of_isa(PyObject *, PyObject *) {
 PyMethodDef methods[] = {
     {"isa", name_of_isa, METH_NOARGS, "The instructions in use: avx512, avx2 or generic."},
     {"clip", fast(clip), METH_FASTCALL, "How many values lie beyond bounds; they are replaced if told."},
+    {"gemm_codes", fast(gemm_codes), METH_FASTCALL, "Floats to codes of 8 bits, and the sum of each row's codes."},
+    {"gemm_plan", fast(gemm_plan), METH_FASTCALL, "What does not change from call to call of gemm_rows."},
+    {"gemm_rows", fast(gemm_rows), METH_FASTCALL, "Checks and writes rows of an int8 product; None, or verdicts."},
     {"gemm_float_rows", fast(gemm_float_rows), METH_FASTCALL, "How many rows of a float product do not hold."},
     {"linear_rows", fast(linear_rows), METH_FASTCALL, "How many rows of a linear layer's output are suspect."},
     {"linear_whole", fast(linear_whole), METH_FASTCALL, "1 where a linear layer's output is suspect as a whole."},

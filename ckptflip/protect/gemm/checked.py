@@ -1,0 +1,103 @@
+"""A checked product: runs it, checks it, and does what was asked for where rows do not hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ckptflip.errors import UsageError
+from ckptflip.protect.detection import Detections, policy
+from ckptflip.protect.gemm.packing import Packed, pack, product
+from ckptflip.protect.gemm.passes import check_and_write
+from ckptflip.protect.gemm.quantised import Quantised
+from ckptflip.protect.gemm.recovery import Call, settle_rows
+
+ON_ERROR = ("raise", "count", "recompute", "correct")
+
+
+class Checked:
+    """A quantised product with its check; what every protected layer runs.
+
+    Attributes:
+        packed: the layer, packed; replaced when a damaged weight was packed anew.
+        on_error: `raise`, `count`, `recompute` or `correct`.
+        name: of the layer, for messages.
+        seen: counts of what was found.
+        verdict: of the last call: None if all rows held, else a code of `passes` for each row.
+        between: is given the accumulators before they are checked, to put faults into them; None for nothing.
+    """
+
+    __slots__ = ("between", "in_place", "inputs", "name", "on_error", "packed", "seen", "verdict")
+
+    def __init__(self, packed: Packed, *, on_error: str = "raise", name: str = "product") -> None:
+        self.packed = packed
+        self.on_error = policy(on_error, ON_ERROR)
+        self.name = name
+        self.seen = Detections()
+        self.verdict: bytes | None = None
+        self.between: Callable[[torch.Tensor], None] | None = None
+        # Correction needs the accumulators of the sound rows as well.
+        narrow = packed.layer.out_scale is not None
+        self.in_place = packed.width == packed.layer.outputs and not narrow and on_error != "correct"
+        self.inputs = packed.layer.inputs
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A packed weight cannot be copied or saved: copies pack their own."""
+        packed = self.packed
+        return _made, (packed.layer, packed.scheme, packed.placement, self.on_error, self.name)
+
+    def run(
+        self,
+        x: torch.Tensor,
+        x_scale: float = 0.0,
+        x_zero: int = 0,
+        given: torch.Tensor | None = None,
+        made: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The layer's results for a batch of codes.
+
+        Args:
+            x: uint8, (m, k).
+            x_scale, x_zero: of these codes, where the layer has none.
+            given: int32, (m,): the sums of the rows of codes as they were made, to be checked; or None.
+            made: int32, (m,): receives the sums of the results' codes; or None.
+
+        Returns:
+            float32 or uint8, (m, n).
+
+        Raises:
+            DetectedError: as `on_error` says.
+            UsageError: x has another dtype or shape.
+        """
+        if x.dtype is not torch.uint8 or x.dim() != 2 or x.shape[1] != self.inputs or not x.is_contiguous():
+            x = self._fitting(x)
+        packed = self.packed
+        rows = product(packed, x)
+        if self.between is not None:
+            self.between(rows)
+        out = rows if self.in_place else self._room(len(rows))
+        found = check_and_write(packed, rows, x, out, x_scale=x_scale, x_zero=x_zero, given=given, made=made)
+        self.seen.calls += 1
+        self.verdict = found
+        if found is not None:
+            settle_rows(self, Call(x, rows, out, x_scale, x_zero, given, made), found)
+        return out
+
+    def _room(self, count: int) -> torch.Tensor:
+        layer = self.packed.layer
+        dtype = torch.float32 if layer.out_scale is None else torch.uint8
+        return torch.empty(count, layer.outputs, dtype=dtype)
+
+    def _fitting(self, x: torch.Tensor) -> torch.Tensor:
+        if x.dtype is not torch.uint8 or x.dim() != 2 or x.shape[1] != self.inputs:
+            raise UsageError(
+                f"{self.name} takes codes of 8 bits (uint8) of shape (m, {self.inputs}), not {x.dtype} of "
+                f"{tuple(x.shape)}"
+            )
+        return x.contiguous()
+
+
+def _made(layer: Quantised, scheme: str, placement: str, on_error: str, name: str) -> Checked:
+    return Checked(pack(layer, scheme=scheme, placement=placement), on_error=on_error, name=name)

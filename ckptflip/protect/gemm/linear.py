@@ -1,0 +1,228 @@
+"""Quantised linear layers that check themselves: of codes, of floats, and of PyTorch's quantised tensors.
+
+All are `torch.nn.Module`s for inference on the CPU. What they save is the layer's numbers with their
+checksums, which are verified when they are loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ckptflip.errors import UsageError
+from ckptflip.protect.detection import Detections
+from ckptflip.protect.gemm.checked import Checked
+from ckptflip.protect.gemm.packing import pack
+from ckptflip.protect.gemm.quantised import Quantised, codes_of, range_of
+from ckptflip.protect.gemm.saved import read_numbers, saved_numbers
+
+_DIGEST = "_ckptflip_row_sums"
+
+
+class _Protected(torch.nn.Module):  # type: ignore[misc]
+    """What the layers share: the checked product, saving and loading, and staying where they are."""
+
+    checked: Checked
+
+    def __init__(
+        self, layer: Quantised, scheme: str, placement: str | None, on_error: str, name: str
+    ) -> None:
+        super().__init__()
+        packed = pack(layer, scheme=scheme, placement=placement)
+        self.checked = Checked(packed, on_error=on_error, name=name)
+        self.in_features, self.out_features = layer.inputs, layer.outputs
+        self.eval()
+
+    @property
+    def detections(self) -> Detections:
+        """Counts of what was checked and found."""
+        return self.checked.seen
+
+    @property
+    def verdict(self) -> bytes | None:
+        """Of the last call: None if all rows held, else 0 for each row that did, and a code for others."""
+        return self.checked.verdict
+
+    def extra_repr(self) -> str:
+        """What is computed and how it is checked, for ``print(model)``."""
+        packed = self.checked.packed
+        return (
+            f"{self.in_features}, {self.out_features}, scheme={packed.scheme!r}, "
+            f"placement={packed.placement!r}, on_error={self.checked.on_error!r}"
+        )
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> _Protected:
+        """Its numbers keep their types; moving it to another device is refused."""
+        if fn(torch.empty(0)).device.type != "cpu":
+            raise UsageError("a checked int8 layer stays on the CPU: unprotect the model before you move it")
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        packed = self.checked.packed
+        for name, tensor in saved_numbers(packed.layer, packed.sums).items():
+            destination[prefix + name] = tensor
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Load the numbers, verify them by their checksums and pack them.
+
+        Raises:
+            DetectedError: they do not match their checksums.
+        """
+        old = self.checked.packed
+        wanted = saved_numbers(old.layer, old.sums)
+        absent = [prefix + name for name in wanted if prefix + name not in state_dict]
+        if absent:
+            missing_keys.extend(absent)
+            return
+        found = {name: state_dict[prefix + name] for name in wanted}
+        layer = read_numbers(found, where=prefix.rstrip(".") or "layer")
+        if (layer.outputs, layer.inputs) != (self.out_features, self.in_features):
+            error_msgs.append(f"{prefix}weight has another shape: {tuple(layer.weight.shape)}")
+            return
+        packed = pack(layer, scheme=old.scheme, placement=old.placement)
+        self.checked = Checked(packed, on_error=self.checked.on_error, name=self.checked.name)
+
+
+class QuantisedLinear(_Protected):
+    """A quantised linear layer on codes of 8 bits, by oneDNN's prepacked product, with a check of every row.
+
+    Results have the same bits as those of ``torch.ops.onednn.qlinear_pointwise``.
+
+    Args:
+        layer: its numbers; with scales of the input.
+        scheme: `exact`, or `mod127`, the published one (arXiv 2103.00130).
+        placement: of the checksum: `beside` the packed weight or in `columns` of it; None chooses.
+        on_error: `raise`, `count`, `recompute` or `correct`.
+        name: for messages.
+        digests: whether codes that come from another such layer are checked against the sums it made of them;
+            that finds what changed between the two. Sums travel with the tensor itself, not with views of it.
+
+    Raises:
+        UsageError: the numbers make no layer, or there is no such scheme or policy.
+
+    Example:
+        >>> layer = QuantisedLinear(Quantised(torch.eye(3, dtype=torch.int8), torch.ones(1), x_scale=0.5))
+        >>> layer(torch.tensor([[1, 2, 3]], dtype=torch.uint8)), layer.detections.calls
+        (tensor([[0.5000, 1.0000, 1.5000]]), 1)
+    """
+
+    def __init__(
+        self,
+        layer: Quantised,
+        *,
+        scheme: str = "exact",
+        placement: str | None = None,
+        on_error: str = "raise",
+        name: str = "linear",
+        digests: bool = False,
+    ) -> None:
+        if layer.x_scale is None:
+            raise UsageError("a layer on codes needs the scale of its input's codes, x_scale")
+        super().__init__(layer, scheme, placement, on_error, name)
+        self.digests = digests
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Results, float32 or uint8 of shape (…, n), of codes, uint8 of shape (…, k)."""
+        if self.digests:
+            return self._with_digests(x)
+        if x.dim() == 2:
+            return self.checked.run(x)
+        return self.checked.run(x.reshape(-1, self.in_features)).reshape(*x.shape[:-1], self.out_features)
+
+    def _with_digests(self, x: torch.Tensor) -> torch.Tensor:
+        sums, version = getattr(x, _DIGEST, (None, 0))
+        given = sums if version == x._version else None
+        rows = x.numel() // self.in_features
+        narrow = self.checked.packed.layer.out_scale is not None
+        made = torch.empty(rows, dtype=torch.int32) if narrow else None
+        out = self.checked.run(x.reshape(-1, self.in_features), given=given, made=made)
+        out = out.reshape(*x.shape[:-1], self.out_features)
+        if made is not None:
+            setattr(out, _DIGEST, (made, out._version))
+        return out
+
+
+class ProtectedLinear(_Protected):
+    """A linear layer on floats that computes in checked int8: in place of `torch.nn.Linear`.
+
+    The input is quantised by a range that was seen in calibration, or by its own in every call. What it does
+    before the product, and the scaling after it, is outside the check: see docs/abft.md.
+
+    Args:
+        layer: its numbers; without a scale of the input, every call finds its own.
+        scheme, placement, on_error, name: as of `QuantisedLinear`.
+
+    Example:
+        >>> from ckptflip.protect.gemm.quantised import quantise
+        >>> plain = torch.nn.Linear(64, 10)
+        >>> layer, x = ProtectedLinear(quantise(plain)), torch.rand(5, 64)
+        >>> bool((layer(x) - plain(x)).abs().max() < 0.05)
+        True
+    """
+
+    def __init__(
+        self,
+        layer: Quantised,
+        *,
+        scheme: str = "exact",
+        placement: str | None = None,
+        on_error: str = "raise",
+        name: str = "linear",
+    ) -> None:
+        if layer.out_scale is not None:
+            raise UsageError("a layer on floats gives floats: leave out_scale out")
+        super().__init__(layer, scheme, placement, on_error, name)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Results of shape (…, n) of floats of shape (…, k), in their dtype."""
+        layer = self.checked.packed.layer
+        flat = x.reshape(-1, self.in_features)
+        if layer.x_scale is None:
+            scale, zero = range_of(flat)
+            out = self.checked.run(codes_of(flat, scale, zero), scale, zero)
+        else:
+            out = self.checked.run(codes_of(flat, layer.x_scale, layer.x_zero))
+        return out.reshape(*x.shape[:-1], self.out_features).to(x.dtype)
+
+
+class ProtectedQuantized(_Protected):
+    """The same on PyTorch's quantised tensors: in place of `torch.ao.nn.quantized.Linear`.
+
+    Args:
+        layer: its numbers, with a scale of the results; the input brings its own.
+        scheme, placement, on_error, name: as of `QuantisedLinear`.
+    """
+
+    def __init__(
+        self,
+        layer: Quantised,
+        *,
+        scheme: str = "exact",
+        placement: str | None = None,
+        on_error: str = "raise",
+        name: str = "linear",
+    ) -> None:
+        if layer.out_scale is None or layer.x_scale is not None:
+            raise UsageError(
+                "a layer on quantised tensors has a scale of its results, and its input brings one"
+            )
+        super().__init__(layer, scheme, placement, on_error, name)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Results as quint8 of shape (…, n) of quint8 of shape (…, k)."""
+        layer = self.checked.packed.layer
+        codes = x.int_repr().reshape(-1, self.in_features)
+        out = self.checked.run(codes, x.q_scale(), x.q_zero_point())
+        out = out.reshape(*x.shape[:-1], self.out_features)
+        return torch._make_per_tensor_quantized_tensor(out, layer.out_scale, layer.out_zero)

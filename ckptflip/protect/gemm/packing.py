@@ -1,0 +1,166 @@
+"""A quantised layer as oneDNN wants it, with its checksum: beside the packed weight, or in columns of it.
+
+**beside**: the row sums are kept as a vector of 16-bit digits, and multiplied with each row of the input by
+the pass that checks. The product is that of the stock operator. **columns**: their 8-bit digits are further
+columns of the packed weight, and the product computes them along; the width is a multiple of 16.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ckptflip.errors import UsageError
+from ckptflip.protect.gemm.quantised import Quantised
+from ckptflip.protect.gemm.sums import EXACT, digits, halves, residues, row_sums, widest
+from ckptflip.protect.native import kernels
+
+SCHEMES = ("exact", "mod127")
+PLACEMENTS = ("beside", "columns")
+_SCHEME_CODES = {("exact", "beside"): 0, ("exact", "columns"): 1, ("mod127", "columns"): 2}
+_MULTIPLE = 16
+_ONE, _NONE = torch.ones(1), torch.zeros(1, dtype=torch.int64)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Packed:
+    """What one product and its check need; the plan holds addresses of the tensors here, which never change.
+
+    Attributes:
+        layer: the numbers it was made of.
+        scheme, placement: how it is checked.
+        weight: the packed weight, opaque.
+        width: columns of the product: n, or n with those of the checksum, padded.
+        sums: int64, (k,): the row sums, modulo 127 as they are checked or exact.
+        columns: int8, (d, k): the columns of the checksum, or None.
+        widest: the largest accumulator that any input can make; below 2^24 all are exact in float32.
+        zeros, scales, shifts: what turns accumulators into results: int32, float32, float32, of shape (n,).
+        held: further tensors that the plan points to.
+        plan: for the compiled pass, or None without it.
+    """
+
+    layer: Quantised
+    scheme: str
+    placement: str
+    weight: torch.Tensor
+    width: int
+    sums: torch.Tensor
+    columns: torch.Tensor | None
+    widest: int
+    zeros: torch.Tensor | None
+    scales: torch.Tensor
+    shifts: torch.Tensor
+    held: tuple[torch.Tensor | None, ...]
+    plan: Any
+
+    @property
+    def matrix(self) -> torch.Tensor:
+        """What was packed, int8 of shape (width, k): the weight, and below it the columns of the checksum."""
+        return _matrix(self.layer.weight, self.columns, self.width)
+
+
+def pack(layer: Quantised, *, scheme: str = "exact", placement: str | None = None) -> Packed:
+    """Pack a layer with its checksum, once, while its weight is known to be sound.
+
+    Args:
+        layer: its numbers.
+        scheme: `exact`, or `mod127`, the published one.
+        placement: of the checksum, `beside` or `columns`; None: beside for `exact`, columns for `mod127`.
+
+    Raises:
+        UsageError: there is no such scheme or placement, or not together.
+
+    Example:
+        >>> layer = Quantised(torch.ones(20, 8, dtype=torch.int8), torch.ones(1))
+        >>> pack(layer, scheme="mod127").width, pack(layer).width
+        (32, 20)
+    """
+    placement = placement or ("columns" if scheme == "mod127" else "beside")
+    if (scheme, placement) not in _SCHEME_CODES:
+        raise UsageError(
+            f"there is no check {scheme!r} with its checksum {placement!r}: exact goes with beside and "
+            "columns, mod127 with columns"
+        )
+    sums = row_sums(layer.weight)
+    columns, width = None, layer.outputs
+    if placement == "columns":
+        columns = residues(sums) if scheme == "mod127" else digits(sums)
+        width = -(-(width + len(columns)) // _MULTIPLE) * _MULTIPLE
+    weight = torch.ops.onednn.qlinear_prepack(_matrix(layer.weight, columns, width), [1, layer.inputs])
+    return _planned(layer, scheme, placement, weight, width, sums, columns)
+
+
+def _matrix(weight: torch.Tensor, columns: torch.Tensor | None, width: int) -> torch.Tensor:
+    if columns is None:
+        return weight.contiguous()
+    matrix = weight.new_zeros(width, weight.shape[1])
+    matrix[: len(weight)] = weight
+    matrix[len(weight) : len(weight) + len(columns)] = columns
+    return matrix
+
+
+def _planned(
+    layer: Quantised,
+    scheme: str,
+    placement: str,
+    weight: torch.Tensor,
+    width: int,
+    sums: torch.Tensor,
+    columns: torch.Tensor | None,
+) -> Packed:
+    n = layer.outputs
+    zeros = layer.weight.sum(1, dtype=torch.int32)
+    if layer.x_scale is not None:
+        zeros = zeros * layer.x_zero
+    scales = layer.weight_scale.expand(n).contiguous()
+    shifts = torch.zeros(n) if layer.bias is None else layer.bias.clone()
+    shifted = zeros if layer.x_scale is None or layer.x_zero else None
+    low, high = halves(sums)
+    native, plan = kernels(), None
+    if native is not None:
+        plan = native.gemm_plan(
+            n,
+            layer.inputs,
+            _SCHEME_CODES[scheme, placement],
+            0 if columns is None else len(columns),
+            low.data_ptr(),
+            0 if high is None else high.data_ptr(),
+            0 if shifted is None else shifted.data_ptr(),
+            scales.data_ptr(),
+            shifts.data_ptr(),
+            int(layer.out_scale is not None),
+            layer.x_scale or 1.0,
+            0.0 if layer.relu and layer.out_scale is None else -float("inf"),
+            1.0 if layer.out_scale is None else 1 / layer.out_scale,
+            layer.out_zero,
+            layer.out_zero if layer.relu else 0,
+        )
+    bound = widest(layer.weight if columns is None else torch.cat([layer.weight, columns]))
+    held = (low, high)
+    return Packed(
+        layer, scheme, placement, weight, width, sums, columns, bound, shifted, scales, shifts, held, plan
+    )
+
+
+def product(packed: Packed, x: torch.Tensor) -> torch.Tensor:
+    """The accumulators of a product, exact while below 2^24: float32 of shape (m, width).
+
+    Args:
+        packed: the layer.
+        x: codes, uint8 of shape (m, k).
+
+    Example:
+        >>> layer = Quantised(torch.tensor([[1, 2]], dtype=torch.int8), torch.ones(1))
+        >>> product(pack(layer), torch.tensor([[3, 4]], dtype=torch.uint8))
+        tensor([[11.]])
+    """
+    return torch.ops.onednn.qlinear_pointwise.default(
+        x, 1.0, 0, packed.weight, _ONE, _NONE, None, 1.0, 0, torch.float32, "none", [], ""
+    )
+
+
+def may_be_wide(packed: Packed) -> bool:
+    """Whether a sound product may hold accumulators that float32 rounds."""
+    return packed.widest >= EXACT
