@@ -22,7 +22,7 @@ COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F
 LINES = ("-", "--", ":")
 NAMES = {
     "accuracy": "accuracy on the test set", "loss": "loss on the test set", "train_loss": "training loss",
-    "grad_norm": "L2 norm of the gradient",
+    "grad_norm": "L2 norm of the gradient", "auc": "AUC on the test set",
 }  # fmt: skip
 
 

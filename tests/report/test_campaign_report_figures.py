@@ -13,7 +13,7 @@ from matplotlib import rcParams
 from matplotlib.patches import Rectangle
 
 from ckptflip.campaign.store.writing import writing
-from ckptflip.report.campaign import bands, curves, hits, recovery, shares, spread, write
+from ckptflip.report.campaign import bands, curves, hits, measured, recovery, shares, spread, write
 from ckptflip.report.campaign.drawing import drawing
 from ckptflip.report.campaign.gathering import axes, gather
 from ckptflip.report.campaign.rates import cell_rows
@@ -187,16 +187,48 @@ def test_recovery_starts_with_those_that_never_left(tiny):
     assert (ten.get_xdata().tolist(), ten.get_ydata().tolist()) == ([0, 3, 10], [1, 0, 0])
 
 
-def test_trials_that_are_only_measured_have_no_figure_of_recovery(tmp_path):
-    with writing(tmp_path / "runs.db") as writer:
-        stores.begin(writer, stores.spec())
-        writer.put_cells([stores.cell("a", 0, "1 flip", until=5, wanted=2)])
-        stores.clean_runs(writer)
-        writer.put_trial(stores.trial(0, "masked", [0.9], recovered=0), ATTEMPT)
-        writer.put_trial(stores.trial(1, "degraded", [0.5]), ATTEMPT)
-    gathered = gather(tmp_path / "runs.db")
-    with drawing():
-        assert list(recovery.figures(gathered, cell_rows(gathered))) == []
+class TestMeasured:
+    """Trials that are not trained on: a curve of one epoch says nothing."""
+
+    @pytest.fixture
+    def gathered(self, tmp_path):
+        path = tmp_path / "runs.db"
+        with writing(path) as writer:
+            stores.begin(writer, stores.spec())
+            cells = [
+                stores.cell("a", 0, "1 flip", until=5, wanted=3),
+                stores.cell("b", 1, "10 flips", until=5),
+            ]
+            writer.put_cells(cells)
+            stores.clean_runs(writer)
+            for number, (outcome, value) in enumerate([("masked", 0.9), ("degraded", 0.5), ("masked", 0.8)]):
+                writer.put_trial(stores.trial(number, outcome, [value], recovered=0), ATTEMPT)
+            writer.put_trial(stores.trial(0, "collapsed", [None], key="b", ended="collapsed"), ATTEMPT)
+        return gather(path)
+
+    def test_neither_convergence_nor_recovery(self, gathered):
+        with drawing():
+            assert list(bands.figures(gathered)) == []
+            assert list(recovery.figures(gathered, cell_rows(gathered))) == []
+
+    def test_every_trial_is_a_mark_and_the_median_one_of_them(self, gathered):
+        with drawing():
+            (drawn,) = measured.figures(gathered)
+        panel = drawn.figure.axes[0]
+        assert [label.get_text() for label in panel.get_yticklabels()] == [
+            "1 flip (n = 3)",
+            "10 flips (n = 1)",
+        ]
+        marks = [line for line in panel.lines if line.get_marker() == "o"]
+        assert [line.get_xdata().tolist() for line in marks] == [[0.9, 0.5, 0.8], []]
+        crosses = [line.get_xdata().tolist() for line in panel.lines if line.get_marker() == "x"]
+        assert crosses == [[], [panel.get_xlim()[0]]]
+        assert [list(line.get_xdata()) for line in panel.lines if line.get_linewidth() == 2] == [[0.8, 0.8]]
+        clean = [line.get_xdata()[0] for line in panel.lines if line.get_linewidth() == 1.2]
+        assert clean == pytest.approx([stores.CLEAN[5] + 0.002 * (seed - 1) for seed in range(3)])
+
+    def test_where_trials_are_trained_on_there_is_none(self, tiny):
+        assert list(measured.figures(tiny)) == []
 
 
 def test_propagation_boxes_are_medians_over_trials(tmp_path):

@@ -79,8 +79,9 @@ def _of_group(
     workload, epoch = key
     conditions: list[_Condition] = []
     for cell in cells:
+        # Trials that are only measured have no curve; `measured` shows them.
         found = band(gathered, cell)
-        if len(found.values):
+        if len(found.values) and cell.until > cell.epoch:
             name = short(cell.label or workload, 44, keep="both")
             conditions.append(_Condition(name, COLOURS[len(conditions) % len(COLOURS)], found))
     if not conditions:

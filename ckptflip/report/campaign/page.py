@@ -19,6 +19,7 @@ from ckptflip.report.campaign.rates import CellRow, Floor, Rate
 
 _KINDS = {
     "convergence": "Convergence",
+    "measured": "Measured",
     "outcomes": "Outcomes",
     "heatmap": "Bit × layer",
     "propagation": "Propagation",

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ckptflip.errors import UsageError
-from ckptflip.report.campaign import bands, hits, page, recovery, shares, spread
+from ckptflip.report.campaign import bands, hits, measured, page, recovery, shares, spread
 from ckptflip.report.campaign.drawing import Drawn, Shown, drawing, keep
 from ckptflip.report.campaign.gathering import Gathered, gather
 from ckptflip.report.campaign.rates import CellRow, cell_rows
@@ -15,7 +15,7 @@ from ckptflip.report.style import writable
 
 PAGE, FIGURES = "index.html", "figures"
 # What an earlier report left: figures of these kinds alone are taken away.
-_OURS = re.compile(r"(convergence|outcomes|heatmap|propagation|recovery)[-\w]*\.(svg|png|pdf)")
+_OURS = re.compile(r"(convergence|measured|outcomes|heatmap|propagation|recovery)[-\w]*\.(svg|png|pdf)")
 
 
 def write(store: str | Path, out: str | Path, *, metric: str | None = None, overwrite: bool = False) -> Path:
@@ -53,6 +53,7 @@ def _figures(gathered: Gathered, rows: list[CellRow]) -> Iterator[tuple[str, Dra
     found = hits.hits(gathered)
     for kind, figures in (
         ("convergence", bands.figures(gathered)),
+        ("measured", measured.figures(gathered)),
         ("outcomes", shares.figures(gathered, found)),
         ("heatmap", hits.figures(gathered, found)),
         ("propagation", spread.figures(gathered)),
