@@ -26,6 +26,7 @@ from ckptflip.campaign.store import Writer, writing
 from ckptflip.campaign.store.rows import Cell
 from ckptflip.campaign.trial_stage import Stage, checked, finished_trials, unfinished
 from ckptflip.errors import FailedTrialsError, UsageError
+from ckptflip.faults.row_counts import RowCounts
 
 
 class Summary(msgspec.Struct, frozen=True, kw_only=True):
@@ -115,6 +116,7 @@ def _work(
     workers: int | None,
     told: Told,
 ) -> None:
+    _check_counts(cells)
     name = executor or spec.executor.name
     same = name == spec.executor.name
     pool = start(
@@ -133,6 +135,13 @@ def _work(
         finished = True
     finally:
         pool.close(cancel=not finished)
+
+
+def _check_counts(cells: Sequence[Planned]) -> None:
+    """Refuse access counts that are not there before the clean runs, which may take hours."""
+    policies = [cell.policy for cell in cells if cell.policy is not None]
+    for path in {policy.rows_weight for policy in policies if policy.rows_weight is not None}:
+        RowCounts(path)
 
 
 def _revise(writer: Writer, spec: Campaign, extend: bool, command: str) -> bool:

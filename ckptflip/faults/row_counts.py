@@ -126,7 +126,9 @@ class RowCounts:
         self._known: dict[tuple[str, str, int], NDArray[np.int64]] = {}
         self._counts: dict[str, Counts] = {}
         if not self._path.is_file():
-            raise UsageError(f"access counts {path}: there is no such file")
+            raise UsageError(
+                f"access counts {path}: there is no such file; ckptflip.recsys.tables.write_counts makes one"
+            )
         with self._path.open("rb") as file:
             self._several = file.read(2) == b"PK"
         self._members = _members(self._path) if self._several else ("",)

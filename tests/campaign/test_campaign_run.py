@@ -373,6 +373,16 @@ def test_bad_specs_are_said_and_nothing_is_lost(
     assert message in run(spec, tmp_path / "runs.db", expect=code).stderr
 
 
+def test_access_counts_that_are_missing_are_missed_before_the_clean_runs(tmp_path: Path) -> None:
+    spec = written(tmp_path)
+    text = spec.read_text()
+    assert 'tensors = "*"' in text
+    spec.write_text(text.replace('tensors = "*"', 'rows = "hot:1%"\nrows_weight = "reads.npz"'))
+    said = run(spec, tmp_path / "runs.db", expect=2).stderr
+    assert "access counts reads.npz: there is no such file; ckptflip.recsys.tables.write_counts" in said
+    assert "clean run" not in said
+
+
 def test_another_bit_in_a_clean_run_is_noticed(tmp_path: Path) -> None:
     """A store whose clean runs are gone trains them again, and must get the same."""
     import shutil
