@@ -164,6 +164,22 @@ def test_counts_are_not_written_under_a_wrong_name(tmp_path):
         write_counts(tmp_path / "a.npy", [1])
 
 
+@pytest.mark.parametrize(
+    ("counts", "said"),
+    [
+        ({"t": [1, -2]}, "of t: a count is -2"),
+        ({"t": [1, np.nan]}, "a count is nan"),
+        ({"t": [[1]]}, r"a count per row; not int64 \(1, 1\)"),
+        ({"t": ["a"]}, "integers or floats"),
+        ({}, "no tables"),
+    ],
+)
+def test_what_are_no_counts_is_not_written(tmp_path, counts, said):
+    with pytest.raises(UsageError, match=said):
+        write_counts(tmp_path / "a.npz", counts)
+    assert not (tmp_path / "a.npz").exists()
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("layout", WIDTHS)

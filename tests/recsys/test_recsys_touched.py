@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import h5py
 import numpy as np
 import pytest
 
@@ -11,6 +12,7 @@ import ckptflip  # noqa: E402
 from ckptflip import torch_h5  # noqa: E402
 from ckptflip.errors import UsageError  # noqa: E402
 from ckptflip.recsys.models.dlrm import Dlrm  # noqa: E402
+from ckptflip.recsys.tables import quantise  # noqa: E402
 from ckptflip.recsys.touched import touched  # noqa: E402
 
 
@@ -72,3 +74,27 @@ def test_ids_that_do_not_fit_are_named(checkpoint):
     biased = altered(checkpoint, tensors="*bot_l.0.bias", count=1)
     with pytest.raises(UsageError, match="a table has rows and columns"):
         touched(biased, np.zeros((3, 1), np.int64), lambda name: 0)
+    with pytest.raises(UsageError, match=r"id 5 is beyond model/emb_l\.1\.weight, which has 5 rows"):
+        touched(record, np.array([[0, 5]]))
+    with pytest.raises(UsageError, match="whole numbers, not float64"):
+        touched(record, np.zeros((3, 2)))
+
+
+def test_a_record_may_be_named_by_its_file_and_an_evaluation_be_empty(checkpoint):
+    record = altered(checkpoint, tensors="*emb_l.1.weight", bits="sign", fraction=1.0)
+    assert touched(record.path, np.array([[0, 3]])) == touched(record, np.array([[0, 3]]))
+    nothing = touched(record, np.zeros((0, 2), np.int64))
+    assert (nothing.rows, nothing.read, nothing.of) == (5, 0, 0)
+
+
+def test_fields_of_a_quantised_row_are_one_row(tmp_path):
+    stored = quantise(np.arange(40.0).reshape(10, 4), "int4")
+    with h5py.File(tmp_path / "c.h5", "w") as file:
+        file["model/emb_l.0.weight"] = stored
+    record = altered(tmp_path / "c.h5", tensors="emb_l.0", rowwise="int4", rows="2-4", fraction=1.0)
+    assert {entry.name.rpartition(".")[2] for entry in record.header.tensors} == {"code", "scale", "bias"}
+    found = touched(record, np.array([[1], [3], [3], [9]]))
+    assert (found.rows, found.read, found.samples) == (3, 1, 2)
+    assert (found.faults, found.read_faults) == (3 * 6, 6)
+    scales = altered(tmp_path / "c.h5", tensors="emb_l.0", rowwise="int4", fields="scale", rows="7", count=1)
+    assert touched(scales, np.array([[7]]), {"model/emb_l.0.weight": 0}).read == 1

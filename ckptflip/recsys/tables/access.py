@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -59,7 +60,7 @@ def write_counts(
         overwrite: whether the file may exist.
 
     Raises:
-        UsageError: the file exists, or its ending does not fit.
+        UsageError: the file exists, its ending does not fit, or there is something else than counts.
         CheckpointError: it cannot be written.
 
     Example:
@@ -73,8 +74,26 @@ def write_counts(
     several = isinstance(counts, Mapping)
     if path.suffix != (".npz" if several else ".npy"):
         raise UsageError(f"access counts {path}: name it .npz for several tables by name, .npy for one")
+    given = counts if isinstance(counts, Mapping) else {"": counts}
+    arrays = {name: np.asarray(each) for name, each in given.items()}
+    for name, array in arrays.items():
+        _check(name, array)
+    if not arrays:
+        raise UsageError(f"access counts {path}: there are no tables to write counts of")
     with new_file(path, overwrite=overwrite) as temporary, temporary.open("wb") as file:
-        if isinstance(counts, Mapping):
-            np.savez(file, **{name: np.asarray(each) for name, each in counts.items()})  # type: ignore[arg-type]
+        if several:
+            np.savez(file, **arrays)  # type: ignore[arg-type]
         else:
-            np.save(file, np.asarray(counts))
+            np.save(file, arrays[""])
+
+
+def _check(name: str, counts: NDArray[Any]) -> None:
+    """Refuse what would be refused when it is read."""
+    said = f"access counts of {name}" if name else "access counts"
+    if counts.ndim != 1 or counts.dtype.kind not in "iuf":
+        raise UsageError(
+            f"{said} are integers or floats of one axis, a count per row; not {counts.dtype} {counts.shape}"
+        )
+    wrong = counts[~(np.isfinite(counts) & (counts >= 0))]
+    if wrong.size:
+        raise UsageError(f"{said}: a count is {wrong[0]}; counts are finite numbers from 0")
