@@ -1,6 +1,6 @@
 """What a campaign costs: trials per hour beside a plain script, the runner's overhead, large stores.
 
-    python benchmarks/campaign.py [--rounds N] [--trials N] [--workers N]
+    python benchmarks/campaign.py [--rounds N] [--trials N] [--workers N] [--store FILE]
 
 Three ways to do the same trials in turn, each as a process of its own that is timed from its start to its
 end: the plain script of `plain_campaign.py` (one process, PyTorch's default threads), a campaign with the
@@ -142,8 +142,8 @@ def throughput(folder: Path, rounds: int, trials: int, workers: int) -> dict[str
     }
 
 
-def large_store(path: Path, trials: int = 10_000, epochs: int = 20) -> int:
-    """A made-up store: 20 cells, five metrics, about a million rows; the number of rows."""
+def large_store(path: Path, trials: int = 10_000, epochs: int = 20) -> None:
+    """A made-up store: 20 cells, five metrics, about a million rows."""
     generator = np.random.default_rng(0)
     metrics = ("accuracy", "loss", "train_loss", "grad_norm", "nan")
     cells = [
@@ -183,12 +183,13 @@ def large_store(path: Path, trials: int = 10_000, epochs: int = 20) -> int:
             writer.put_trial(
                 trial, NewAttempt(task=f"trial/{n}", state="done", executor="local", seconds=0.6)
             )
-        return int(writer.reader.connection.execute("SELECT COUNT(*) FROM trial_values").fetchone()[0])
 
 
-def reports(folder: Path, rounds: int) -> dict[str, float]:
-    store = folder / "large.db"
-    rows = large_store(store)
+def reports(store: Path, folder: Path, rounds: int) -> dict[str, float]:
+    if not store.exists():
+        large_store(store)
+    with reading(store) as reader:
+        rows = reader.connection.execute("SELECT COUNT(*) FROM trial_values").fetchone()[0]
     found: dict[str, list[float]] = {"status": [], "report": []}
     for _ in range(rounds):
         found["status"].append(timed([*program(), "status", str(store)]).seconds)
@@ -234,12 +235,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--trials", type=int, default=200)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument(
+        "--store", type=Path, help="the large store, kept for other calls; by default made anew"
+    )
     parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args()
     with_bytecode()
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        large = reports(Path(folder), args.rounds)
+        large = reports(args.store or Path(folder) / "large.db", Path(folder), args.rounds)
         print(large, flush=True)
         ran = throughput(Path(folder), args.rounds, args.trials, args.workers)
     text = text_of(args, ran, large)

@@ -8,8 +8,11 @@ from importlib import metadata
 from typing import Any
 
 from ckptflip import __version__
+from ckptflip.campaign import loading
+from ckptflip.campaign.executors.worker_process import WARM
 from ckptflip.campaign.spec import Campaign
 from ckptflip.processor import processor
+from ckptflip.training.workload import BUILT_IN
 
 _LIBRARIES = ("numpy", "scipy", "h5py", "torch", "keras", "tensorflow", "jax")
 
@@ -43,5 +46,20 @@ def versions() -> dict[str, str]:
 
 
 def environment_of(campaign: Campaign) -> dict[str, str]:
-    """Variables that workers need before they import a framework."""
-    return {"KERAS_BACKEND": campaign.keras_backend} if campaign.keras_backend is not None else {}
+    """Variables that workers need before they import a framework, and what they are to import at once.
+
+    Every worker has the framework of a built-in workload when its first task comes; a recipe of one's own is
+    imported by the task, whose failure it then is.
+    """
+    found = {} if campaign.keras_backend is None else {"KERAS_BACKEND": campaign.keras_backend}
+    names = [name for spec in campaign.workload if (name := loading.registered(spec)) in BUILT_IN]
+    # The last is what PyTorch imports when it makes its first optimizer.
+    modules = [
+        *(["ckptflip.training.pytorch", "torch._dynamo"] if any(map(_of_pytorch, names)) else []),
+        *(["ckptflip.training.keras"] if not all(map(_of_pytorch, names)) else []),
+    ]
+    return {**found, **({WARM: ",".join(modules)} if modules else {})}
+
+
+def _of_pytorch(name: str) -> bool:
+    return not name.endswith("-keras")

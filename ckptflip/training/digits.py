@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ckptflip.errors import MissingExtraError, UsageError
+from ckptflip.errors import UsageError
+from ckptflip.training import digits_data
 
 if TYPE_CHECKING:
     import torch
@@ -78,15 +79,10 @@ def images(extra: str = "torch") -> Data:
     Returns:
         ``((inputs, targets), (test inputs, test targets))``: float32[n, 1, 8, 8] in 0 to 1, int64[n].
     """
-    try:
-        from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
-    except ImportError as error:
-        raise MissingExtraError("scikit-learn", extra, "The digits workloads") from error
-    pixels, targets = load_digits(return_X_y=True)
+    pixels, targets = digits_data.digits(extra)
     inputs = (pixels / 16).astype(np.float32).reshape(-1, 1, 8, 8)
-    x, x_test, y, y_test = train_test_split(inputs, targets, test_size=0.2, stratify=targets, random_state=0)
-    return (x, y), (x_test, y_test)
+    train, test = digits_data.split()
+    return (inputs[train], targets[train]), (inputs[test], targets[test])
 
 
 def named(name: str, precision: str) -> str:

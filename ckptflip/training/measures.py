@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
 _PIECE = 1 << 22
@@ -45,13 +47,19 @@ def count_nev(model: torch.nn.Module, extreme: float = 1e10) -> dict[str, int]:
     return counts
 
 
-def gradient_norm(model: torch.nn.Module) -> float:
-    """L2 norm over all gradients, in float64: a square of 1e20 is no infinity there."""
-    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+def gradient_norm(parameters: Iterable[torch.nn.Parameter]) -> float:
+    """L2 norm over the gradients of these, in float64: a square of 1e20 is no infinity there.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.zeros(2))
+        >>> weight.grad = torch.tensor([3e30, 4e30])
+        >>> gradient_norm([weight]) == float(torch.linalg.vector_norm(weight.grad.double()))
+        True
+    """
+    found = (parameter.grad for parameter in parameters)
+    gradients = [grad.coalesce().values() if grad.is_sparse else grad for grad in found if grad is not None]
     if not gradients:
         return 0.0
-    norms = [
-        torch.linalg.vector_norm(grad.coalesce().values() if grad.is_sparse else grad, dtype=torch.float64)
-        for grad in gradients
-    ]
+    # One call for all, of many small tensors the same bits in half the time.
+    norms = torch._foreach_norm(gradients, 2, dtype=torch.float64)
     return float(torch.linalg.vector_norm(torch.stack(norms)).item())

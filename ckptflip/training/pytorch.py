@@ -148,12 +148,13 @@ class TorchWorkload:
         losses, norms = 0.0, []
         with self._random_of(run):
             run.model.train()
+            parameters = list(run.model.parameters())
             for batch in torch.from_numpy(order).to(targets.device).split(self._batch_size):
                 chosen = tuple(part[batch] for part in _several(inputs))
                 if self._augment is not None:
                     first = self._augment(chosen[0], run.seed, run.epoch, batch.cpu().numpy())
                     chosen = (first, *chosen[1:])
-                loss, norm = self._step(run, chosen, targets[batch])
+                loss, norm = self._step(run, parameters, chosen, targets[batch])
                 losses += loss * len(batch)
                 norms.append(norm)
             if isinstance(run.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
@@ -213,18 +214,24 @@ class TorchWorkload:
         batches = zip(*(part.split(self._test_batch) for part in _several(inputs)), strict=True)
         return torch.cat([run.model(*batch) for batch in batches]), targets
 
-    def _step(self, run: Run, inputs: tuple[torch.Tensor, ...], targets: torch.Tensor) -> tuple[float, float]:
+    def _step(
+        self,
+        run: Run,
+        parameters: list[torch.nn.Parameter],
+        inputs: tuple[torch.Tensor, ...],
+        targets: torch.Tensor,
+    ) -> tuple[float, float]:
         run.optimizer.zero_grad()
         with self._casting():
             loss = self._loss(run.model(*inputs), targets)
         if run.scaler is None:
             loss.backward()
-            norm = gradient_norm(run.model)
+            norm = gradient_norm(parameters)
             run.optimizer.step()
         else:
             run.scaler.scale(loss).backward()
             run.scaler.unscale_(run.optimizer)
-            norm = gradient_norm(run.model)
+            norm = gradient_norm(parameters)
             run.scaler.step(run.optimizer)
             run.scaler.update()
         return loss.item(), norm

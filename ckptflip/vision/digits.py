@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptflip.errors import MissingExtraError, UsageError
+from ckptflip.errors import UsageError
+from ckptflip.training import digits_data
 
 Floats = NDArray[np.float32]
 Labels = NDArray[np.int64]
@@ -25,15 +26,13 @@ def images(channels: int = 3, side: int = 32) -> Sets:
     """
     if channels not in (1, 3):
         raise UsageError(f"the digits have 1 or 3 channels, not {channels}")
-    try:
-        from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
-    except ImportError as error:
-        raise MissingExtraError("scikit-learn", "torch", "The handwritten digits") from error
-    pixels, targets = load_digits(return_X_y=True)
+    pixels, targets = digits_data.digits("torch")
     small = (pixels / 16).astype(np.float32).reshape(-1, 8, 8)
-    x, x_test, y, y_test = train_test_split(small, targets, test_size=0.2, stratify=targets, random_state=0)
-    return (_coloured(x, channels, side), y), (_coloured(x_test, channels, side), y_test)
+    train, test = digits_data.split()
+    return (
+        (_coloured(small[train], channels, side), targets[train]),
+        (_coloured(small[test], channels, side), targets[test]),
+    )
 
 
 def enlarged(images: Floats, side: int) -> Floats:

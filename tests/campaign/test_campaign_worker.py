@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import ckptflip
+from ckptflip.campaign import loading, worker
 from ckptflip.campaign import task as tasks
-from ckptflip.campaign import worker
+from ckptflip.campaign.executors.worker_process import WARM
+from ckptflip.campaign.machine import environment_of
 from ckptflip.campaign.outcomes import judge
 from ckptflip.campaign.spec import Metric
 from ckptflip.campaign.task import CleanResult, CleanTask, TrialResult, TrialTask, WorkloadSpec
@@ -47,6 +50,23 @@ def trial(folder: Path, run: CleanResult, policy: Policy | None, seed: int, **ch
     ))  # fmt: skip
     assert isinstance(made, TrialResult)
     return made
+
+
+def test_workers_are_told_the_frameworks_of_built_in_workloads_alone() -> None:
+    def told(*names: str, **more: Any) -> dict[str, str]:
+        plain = {"name": "x", "restart": {"epochs": [1], "until": 2}, "trials": {"per_cell": 1}}
+        made = loading.convert(plain | {"workload": [{"name": name} for name in names]} | more)
+        return environment_of(made)
+
+    torch, keras = "ckptflip.training.pytorch,torch._dynamo", "ckptflip.training.keras"
+    assert told("digits-cnn", "digits-mlp") == {WARM: torch}
+    assert told("digits-cnn", "digits-cnn-keras") == {WARM: f"{torch},{keras}"}
+    assert told("campaign_toy:make") == {}
+    found = told("digits-mlp-keras", keras_backend="jax")
+    assert found == {"KERAS_BACKEND": "jax", WARM: keras}
+    for module in (torch, keras):
+        for name in module.split(","):
+            assert find_spec(name) is not None
 
 
 def test_a_clean_run_keeps_what_is_asked_for(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from executor_places import Open, await_true, collect, job, lives, place
 from ckptflip.campaign.executors import Job, Limits, names, start
 from ckptflip.campaign.executors.local import usable_cores
 from ckptflip.campaign.executors.registry import check_options
-from ckptflip.campaign.executors.worker_process import log_path
+from ckptflip.campaign.executors.worker_process import WARM, log_path
 from ckptflip.errors import CampaignError, UsageError
 
 # A driver without `if __name__ == "__main__"`, that would start workers of its own if a worker imported it.
@@ -199,6 +199,12 @@ def test_variables_are_set_before_they_are_read(opening: Open) -> None:
     executor = opening(workers=1, environment={"OPENBLAS_NUM_THREADS": "2"})
     executor.submit([job("threads")])
     assert collect(executor, 1)["threads"].answer == b"%d" % min(2, usable_cores())
+
+
+def test_workers_import_what_is_asked_for_before_their_first_job(opening: Open) -> None:
+    executor = opening(workers=1, environment={WARM: "no_such_module,numpy"})
+    executor.submit([job("modules")])
+    assert collect(executor, 1)["modules"].answer == b"numpy"
 
 
 def test_a_limit_is_that_of_its_job(opening: Open) -> None:

@@ -32,6 +32,8 @@ ONE_THREAD = {
     "TF_NUM_INTEROP_THREADS": "1",
     "TF_CPP_MIN_LOG_LEVEL": "3",
 }
+# Modules, with commas, that workers import before their first job; what fails then fails in the job too.
+WARM = "CKPTFLIP_WARM"
 _MOST_LOG = 1 << 20  # bytes of a worker's log before it starts anew
 
 
@@ -101,6 +103,9 @@ def begin(setting: bytes) -> None:
     except BaseException as error:  # a module may do anything on import, sys.exit() too
         _problem = f"{chosen.call} cannot be imported: {type(error).__name__}: {error}"
         traceback.print_exc()
+    for module in filter(None, os.environ.get(WARM, "").split(",")):
+        with contextlib.suppress(Exception):
+            import_module(module)
 
 
 def find_call(name: str) -> Call:
