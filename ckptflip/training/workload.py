@@ -29,6 +29,7 @@ BUILT_IN = {
     "resnet18-keras": "ckptflip.vision.workloads:resnet18_keras",
     "resnet50": "ckptflip.vision.workloads:resnet50",
     "resnet50-keras": "ckptflip.vision.workloads:resnet50_keras",
+    "served": "ckptflip.recsys.workloads:served",
     "sharded": "ckptflip.training.sharded:sharded",
     "vgg16": "ckptflip.vision.workloads:vgg16",
     "vgg16-keras": "ckptflip.vision.workloads:vgg16_keras",

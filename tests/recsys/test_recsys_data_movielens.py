@@ -115,7 +115,7 @@ def test_damaged_tables_of_users_and_movies(tmp_path: Path) -> None:
     with pytest.raises(WorkloadError, match=r"users\.dat, line 2: 3 columns, not 5"):
         movielens.read(folder, fields=("age",))
     (folder / "users.dat").unlink()
-    with pytest.raises(WorkloadError, match=r"users\.dat cannot be read"):
+    with pytest.raises(WorkloadError, match=r"users\.dat cannot be read: No such file or directory$"):
         movielens.read(folder, fields=("age",))
     with pytest.raises(WorkloadError, match=r"movies\.dat, line 1: invalid literal"):
         movielens.read(movielens_1m(tmp_path / "b", movies=["x::y::z"]), fields=("genre",))
@@ -145,3 +145,9 @@ def test_a_split_by_user_does_not_leak(tmp_path: Path) -> None:
     users = [set(log.ids[part, 0].tolist()) for part in (split.train, split.validation, split.test)]
     assert [len(part) for part in users] == [16, 2, 2]
     assert len(set.union(*users)) == 20
+
+
+@pytest.mark.parametrize("positive", [0, 5.5, float("nan")])
+def test_clicks_are_told_by_a_rating_that_exists(tmp_path: Path, positive: float) -> None:
+    with pytest.raises(UsageError, match="so is the least one that is a click"):
+        movielens.read(movielens_1m(tmp_path), positive=positive)

@@ -167,6 +167,7 @@ def test_epochs_go_through_the_log_round_and_round():
 def test_names_tell_what_a_checkpoint_depends_on(tmp_path):
     assert find("dlrm").name == "dlrm[data=clicks,config=small]"
     assert find("dlrm", config="terabyte").name == "dlrm[data=clicks,config=terabyte,rows=10000000]"
+    assert find("served").name == "served[tables=int8,trained=3,model=dlrm[data=clicks,config=small]]"
     made = find("dcn-v2", rate=0.01, dropout=0.5, **SMALL)
     assert made.name == (
         "dcn-v2[data=clicks,samples=600,test=300,per_epoch=200,rows=20,batch_size=64,rate=0.01,dropout=0.5]"

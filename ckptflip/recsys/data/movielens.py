@@ -109,6 +109,10 @@ def read(
     lines.check_options(most_malformed)
     place, version = _found(Path(folder))
     _check_fields(fields, version)
+    if not 0.5 <= positive <= 5:
+        raise UsageError(
+            f"a rating is 0.5 to 5 stars, and so is the least one that is a click, not {positive!r}"
+        )
     table, tally = _ratings(place / version.ratings, version, quarantine, most_malformed)
     columns, keys = [], []
     for name in fields:
@@ -273,7 +277,8 @@ def _table(path: Path, version: _Version) -> Iterator[tuple[int, list[str]]]:
                 if row and not (number == 1 and version.header):
                     yield number, row
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise WorkloadError(f"{path} cannot be read: {error}") from None
+        why = getattr(error, "strerror", None) or error
+        raise WorkloadError(f"{path} cannot be read: {why}") from None
 
 
 def _dat(file: Any) -> Iterator[list[str]]:
