@@ -58,6 +58,7 @@ bench: $(VENV)/.test
 	$(BIN)/python benchmarks/live.py
 	$(BIN)/python benchmarks/tables.py
 	$(BIN)/python benchmarks/dlrm.py
+	$(BIN)/python benchmarks/seal.py
 
 # Runs the small variants of both published studies (each some 20 minutes on two quiet cores) and writes
 # docs/results.md and docs/results-recsys.md.

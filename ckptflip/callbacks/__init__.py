@@ -1,4 +1,4 @@
-"""Faults while a model trains: one schedule, and an adapter for each training loop.
+"""Faults, and seals, while a model trains: one schedule, and an adapter for each training loop.
 
 Each name is imported when it is first used, so no framework is loaded before its adapter is asked for.
 """
@@ -15,15 +15,18 @@ _HOMES = {
     "Injector": "pytorch",
     "KerasGuard": "keras",
     "KerasInjector": "keras",
+    "KerasSealer": "keras_seals",
     "KerasTracker": "keras",
     "LightningGuard": "lightning",
     "LightningInjector": "lightning",
+    "LightningSealer": "lightning_seals",
     "LightningTracker": "lightning",
     "SkorchGuard": "skorch",
     "SkorchInjector": "skorch",
     "SkorchTracker": "skorch",
     "TrainerGuard": "transformers",
     "TrainerInjector": "transformers",
+    "TrainerSealer": "transformers_seals",
     "TrainerTracker": "transformers",
 }
 __all__ = list(_HOMES)

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from ckptflip.cli.options import HELP
-from ckptflip.cli.train import echo_row, workload_options
+from ckptflip.cli.train import echo_row, seal_option, workload_options
 
 
 @click.command("resume", context_settings=HELP)
@@ -29,10 +29,15 @@ from ckptflip.cli.train import echo_row, workload_options
 )  # fmt: skip
 @click.option("--label", metavar="TEXT", help="What runs of the same kind share, for figures.")
 @click.option("--overwrite", is_flag=True, help="Replace the track, and the run in DIR.")
+@click.option(
+    "--verify", is_flag=True, help="Hold CKPT against its seal first; exit code 3 if it is damaged."
+)
+@seal_option
 @workload_options
 def command(
     workload: str, checkpoint: Path, until: int, save: Path | None, track: Path | None,
-    record: Path | None, label: str | None, overwrite: bool, options: dict[str, Any],
+    record: Path | None, label: str | None, overwrite: bool, verify: bool, seal: float | None,
+    options: dict[str, Any],
 ) -> None:  # fmt: skip
     """Go on training WORKLOAD from the checkpoint CKPT, clean or altered.
 
@@ -50,6 +55,8 @@ def command(
         record=record,
         label=label,
         overwrite=overwrite,
+        verify=verify,
+        seal=seal,
         progress=echo_row,
     )
     click.echo(harness.track_path(checkpoint, save, track))

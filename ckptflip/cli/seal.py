@@ -7,7 +7,7 @@ import click
 from ckptflip.cli.options import HELP, epoch_option, picked, progress_bar, workers_option
 
 
-def _share(_: click.Context, __: click.Parameter, text: str | None) -> float | None:
+def share(text: str | None) -> float | None:
     """A share of the checkpoint's size, as 5% or 0.05."""
     if text is None:
         return None
@@ -15,7 +15,7 @@ def _share(_: click.Context, __: click.Parameter, text: str | None) -> float | N
         return float(text[:-1]) / 100 if text.endswith("%") else float(text)
     except ValueError:
         raise click.BadParameter(
-            f"{text!r} is no share: write --repair=5%, or --repair behind CKPT"
+            f"{text!r} is no share of a size, such as 5%: write =5%, or the bare option last"
         ) from None
 
 
@@ -27,7 +27,7 @@ def _share(_: click.Context, __: click.Parameter, text: str | None) -> float | N
     is_flag=False,
     flag_value="5%",
     metavar="[=COST]",
-    callback=_share,
+    callback=lambda _, __, text: share(text),
     help="Add an erasure code of this share of CKPT's size, 0.5% to 100%.  [5% where none is said]",
 )
 @click.option("-o", "--output", type=click.Path(), help="The seal.  [default: CKPT.seal]")

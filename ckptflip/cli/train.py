@@ -60,6 +60,19 @@ def workload_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
+def _cost(_: click.Context, __: click.Parameter, text: str | None) -> float | None:
+    """Of --seal: None without it, 0 for digests alone."""
+    from ckptflip.cli.seal import share
+
+    return share(text)
+
+
+seal_option = click.option(
+    "--seal", is_flag=False, flag_value="0", metavar="[=COST]", callback=_cost,
+    help="Seal each checkpoint as it is saved; with =5%, so that lost blocks can be repaired.",
+)  # fmt: skip
+
+
 @click.command("train", context_settings=HELP)
 @click.argument("workload")
 @click.option("--epochs", type=int, required=True, metavar="N", help="Epochs to train.")
@@ -77,10 +90,11 @@ def workload_options(command: Callable[..., Any]) -> Callable[..., Any]:
 )
 @click.option("--label", metavar="TEXT", help="What runs of the same kind share, for figures.")
 @click.option("--overwrite", is_flag=True, help="Replace the run that the folder holds.")
+@seal_option
 @workload_options
 def command(
     workload: str, epochs: int, save: Path, seed: int, label: str | None, overwrite: bool,
-    options: dict[str, Any],
+    seal: float | None, options: dict[str, Any],
 ) -> None:  # fmt: skip
     """Train WORKLOAD from the start and keep a checkpoint of every epoch.
 
@@ -97,6 +111,7 @@ def command(
         seed=seed,
         label=label,
         overwrite=overwrite,
+        seal=seal,
         progress=echo_row,
     )
     click.echo(save / "track.jsonl")

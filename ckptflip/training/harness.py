@@ -18,13 +18,15 @@ from ckptflip import __version__, record_files
 from ckptflip.checkpoints import opened
 from ckptflip.errors import CheckpointError, CkptflipError, UsageError, WorkloadError
 from ckptflip.matching import in_effect
+from ckptflip.protect.seals import seal as write_seal
+from ckptflip.protect.seals import verified
 from ckptflip.training.track import Flips, Header, Row, Track, Writer, writing
 from ckptflip.training.workload import Workload, find
 
 Progress = Callable[[Row], None]
 TRACK = "track.jsonl"
-# A record beside a checkpoint goes with it: it would call the checkpoint that replaces it altered.
-_EPOCH_FILE = re.compile(r"epoch_\d{3,}(\.h5|\.keras|\.dcp)(\.flips\.(jsonl|h5))?")
+# A record or a seal beside a checkpoint goes with it: it would call the checkpoint that replaces it altered.
+_EPOCH_FILE = re.compile(r"epoch_\d{3,}(\.h5|\.keras|\.dcp)(\.flips\.(jsonl|h5)|\.seal)?")
 
 
 def checkpoint_name(epoch: int, suffix: str = ".h5") -> str:
@@ -47,6 +49,7 @@ def train(
     seed: int = 0,
     label: str | None = None,
     overwrite: bool = False,
+    seal: float | None = None,
     progress: Progress | None = None,
 ) -> Track:
     """Train from the start; one checkpoint per epoch, the initial state included, and a track.
@@ -59,6 +62,8 @@ def train(
         seed: 0 or more; initial weights, order of the samples and dropout follow from it.
         label: what runs of the same kind share, for figures.
         overwrite: replace the run that the folder holds.
+        seal: seal each checkpoint as it is saved, with an erasure code of this share of its size; 0: digests
+            alone; None: no seals.
         progress: called with each row as it is recorded.
 
     Raises:
@@ -77,7 +82,7 @@ def train(
         workload=workload.name, seed=seed, start_epoch=0, until=epochs, label=label, versions=versions()
     )
     with writing(folder / TRACK, header) as writer:
-        return _follow(workload, epochs, writer, folder, progress, began)
+        return _follow(workload, epochs, writer, folder, progress, began, seal)
 
 
 def resume(
@@ -90,6 +95,8 @@ def resume(
     record: str | Path | None = None,
     label: str | None = None,
     overwrite: bool = False,
+    verify: bool = False,
+    seal: float | None = None,
     progress: Progress | None = None,
 ) -> Track:
     """Go on from a checkpoint. The first row is the checkpoint itself, measured before any training.
@@ -104,11 +111,14 @@ def resume(
             ``.flips.h5`` beside it. It marks the run as altered, unless it was undone.
         label: what runs of the same kind share, for figures.
         overwrite: replace the track, and the run in `save`.
+        verify: hold the checkpoint against its seal first.
+        seal: as for `train`, of the checkpoints in `save`.
         progress: called with each row as it is recorded.
 
     Raises:
         UsageError: `until` is not beyond the checkpoint, or a run would be overwritten.
         CheckpointError, WorkloadError: the checkpoint cannot be taken up.
+        DamagedCheckpointError, SealError: it was to be verified, and is damaged or has no whole seal.
     """
     workload = _workload(workload)
     checkpoint = Path(checkpoint)
@@ -118,6 +128,8 @@ def resume(
     track = track_path(checkpoint, folder, track)
     if folder and checkpoint.parent.resolve() == folder.resolve():
         raise UsageError(f"{folder} holds the checkpoint itself: save the resumed run in another folder")
+    if verify:
+        verified(checkpoint)
     began = time.perf_counter()
     workload.load(checkpoint)
     start = workload.epoch
@@ -131,7 +143,7 @@ def resume(
         flips=_flips(checkpoint, Path(record) if record is not None else None), versions=versions(),
     )  # fmt: skip
     with writing(track, header) as writer:
-        return _follow(workload, until, writer, folder, progress, began)
+        return _follow(workload, until, writer, folder, progress, began, seal)
 
 
 def track_path(
@@ -158,11 +170,15 @@ def _follow(
     folder: Path | None,
     progress: Progress | None,
     began: float,
+    seal: float | None,
 ) -> Track:
     for row in follow(workload, until, began):
         if folder:
             folder.mkdir(parents=True, exist_ok=True)
-            workload.save(folder / checkpoint_name(workload.epoch, suffix_of(workload)))
+            path = folder / checkpoint_name(workload.epoch, suffix_of(workload))
+            workload.save(path)
+            if seal is not None:
+                write_seal(path, repair=seal or None, overwrite=True)
         writer.append(row)
         if progress:
             progress(row)

@@ -25,11 +25,13 @@ from ckptflip import record_files
 from ckptflip.bits import popcount
 from ckptflip.callbacks.guard import DivergenceGuard
 from ckptflip.callbacks.keras import KerasGuard, KerasInjector, KerasTracker
+from ckptflip.callbacks.keras_seals import KerasSealer
 from ckptflip.callbacks.schedule import InjectionSchedule
 from ckptflip.callbacks.tracker import ConvergenceTracker
 from ckptflip.errors import CkptflipError
 from ckptflip.faults import Policy
 from ckptflip.live.keras_variables import KerasTarget
+from ckptflip.protect.seals import verify
 from ckptflip.training import track
 from ckptflip.training.track import Header, Row, Track
 
@@ -307,6 +309,19 @@ def check_the_guard_takes_the_model_back_and_training_goes_on():
     assert len(after.after) == 12
     assert all(math.isfinite(x) for x in model.history.history["loss"][2:])
     assert sum(popcount(w) for w in words_of(model).values())
+
+
+def check_the_sealer_seals_what_is_saved():
+    folder = Path(tempfile.mkdtemp())
+    saver = keras.callbacks.ModelCheckpoint(folder / "at_{epoch:02d}.weights.h5", save_weights_only=True)
+    (folder / "other.weights.h5").write_bytes(b"nobody's")
+    fitted(saver, KerasSealer(saver, repair=0.1), epochs=2)
+    sealed = sorted(p.name for p in folder.glob("*.seal"))
+    assert sealed == ["at_01.weights.h5.seal", "at_02.weights.h5.seal"], sealed
+    assert all(verify(folder / name.removesuffix(".seal")).intact for name in sealed)
+    batches = keras.callbacks.ModelCheckpoint(folder / "batch_{batch}.keras", save_freq=2)
+    fitted(batches, KerasSealer(batches), epochs=1)
+    assert verify(folder / "batch_2.keras").intact
 
 
 def main() -> None:

@@ -19,8 +19,8 @@ from ckptflip.protect.seals.stream import Stream
 DIGEST = 16
 CRC = 4
 _PIECE = 1 << 20
-# Blocks whose planes are XORed together: numpy's calls cost as much as 64 KiB do.
-_TOGETHER = 1 << 16
+# Bytes whose planes are XORed together: numpy's calls cost as much as some tens of KiB do.
+_TOGETHER = 1 << 17
 
 
 class Groups(Struct, frozen=True):
