@@ -18,7 +18,7 @@ from ckptflip.protect.gemm.arithmetic import UNIT, arithmetic_of, gamma, product
 from ckptflip.protect.gemm.floats import RowChecksum, row_checksum
 from ckptflip.protect.native import kernels
 
-LANES = 16
+_PADDED = 16  # as in native/intensity.h
 # S in single precision, the products with it, lanes added by halves (twice), rows by fours, the difference.
 _STEPS = 32
 # Sums of rows in double precision, and the bound's own evaluation.
@@ -69,17 +69,17 @@ class Fast:
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, checksum: RowChecksum) -> None:
         n, k = weight.shape
-        panel, narrow = kernels().linear_panel()  # type: ignore[union-attr]
+        panel, narrow, lanes = kernels().linear_panel()  # type: ignore[union-attr]
         unit = UNIT[torch.float32]
-        x_depth, y_depth = k // LANES, n // LANES
+        x_depth, y_depth = k // lanes, n // lanes
         relative = product_error(k + 1 + x_depth + y_depth + _STEPS, arithmetic_of(torch.float32))
         self.scale = relative * (1 + 2 * gamma(x_depth + _STEPS, unit)) * _SLACK
         tiny = torch.finfo(torch.float32).smallest_normal
         self.floor = 2 * checksum.absolute + 4 * tiny * (n + k + 8)
         self.packed = packed(weight, panel, narrow)
-        sums, sizes = _padded(checksum.sums.float(), LANES), _padded(checksum.single_sizes, LANES)
+        sums, sizes = _padded(checksum.sums.float(), _PADDED), _padded(checksum.single_sizes, _PADDED)
         values = torch.zeros(n) if bias is None else bias.detach()
-        shift = _padded(values, max(panel, LANES))
+        shift = _padded(values, max(panel, _PADDED))
         layout = _LAYOUT.pack(
             *(k, n, sums.data_ptr(), sizes.data_ptr(), checksum.bias_sum, checksum.bias_size),
             *(self.scale, self.floor, self.packed.data_ptr(), shift.data_ptr(), *_NO_FAULT),
@@ -125,7 +125,7 @@ def packed(weight: torch.Tensor, panel: int, narrow: int) -> torch.Tensor:
     """
     n, k = weight.shape
     if n <= narrow:
-        return torch.nn.functional.pad(weight.detach(), (0, -k % LANES)).contiguous().reshape(-1)
+        return torch.nn.functional.pad(weight.detach(), (0, -k % _PADDED)).contiguous().reshape(-1)
     whole = torch.nn.functional.pad(weight.detach(), (0, 0, 0, -n % panel))
     return whole.reshape(-1, panel, k).transpose(1, 2).contiguous().reshape(-1)
 

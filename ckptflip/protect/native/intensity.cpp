@@ -5,62 +5,62 @@ namespace ckptflip {
 namespace {
 
 // The lanes of Σ y over a row, from four chains of them.
-INLINE void row_sum(Lanes &sum, const float *y, std::int64_t n) {
-  Lanes a{}, b{}, c{}, d{}, part;
+template <int L> INLINE void row_sum(Lanes<L> &sum, const float *y, std::int64_t n) {
+  Lanes<L> a{}, b{}, c{}, d{}, part;
   std::int64_t j = 0;
-  for (; j + 4 * LANES <= n; j += 4 * LANES) {
-    load(part, y + j), a += part;
-    load(part, y + j + LANES), b += part;
-    load(part, y + j + 2 * LANES), c += part;
-    load(part, y + j + 3 * LANES), d += part;
+  for (; j + 4 * L <= n; j += 4 * L) {
+    load<L>(part, y + j), a += part;
+    load<L>(part, y + j + L), b += part;
+    load<L>(part, y + j + 2 * L), c += part;
+    load<L>(part, y + j + 3 * L), d += part;
   }
-  for (; j + LANES <= n; j += LANES) load(part, y + j), a += part;
-  if (j < n) load_part(part, y + j, n - j, false), b += part;
+  for (; j + L <= n; j += L) load<L>(part, y + j), a += part;
+  if (j < n) load_part<L>(part, y + j, n - j, false), b += part;
   sum = (a + b) + (c + d);
 }
 
 // The lanes of Σ y - x · S, and of the magnitude.
-template <int R>
-INLINE void residuals(const Layer &layer, const Rows &x, const Rows &y, std::int64_t row, Lanes (&residual)[R],
-                      Lanes (&magnitude)[R]) {
-  Lanes sum;
-  dots<R>(layer, x, row, residual, magnitude);
+template <int L, int R>
+INLINE void residuals(const Layer &layer, const Rows &x, const Rows &y, std::int64_t row, Lanes<L> (&residual)[R],
+                      Lanes<L> (&magnitude)[R]) {
+  Lanes<L> sum;
+  dots<L, R>(layer, x, row, residual, magnitude);
   for (int r = 0; r < R; ++r) {
-    row_sum(sum, y.data + (row + r) * y.stride, layer.outputs);
+    row_sum<L>(sum, y.data + (row + r) * y.stride, layer.outputs);
     residual[r] = sum - residual[r];
   }
 }
 
-template <int R>
+template <int L, int R>
 INLINE std::int64_t some_rows(const Layer &layer, const Rows &x, const Rows &y, std::int64_t row) {
-  Lanes residual[R], magnitude[R];
-  residuals<R>(layer, x, y, row, residual, magnitude);
+  Lanes<L> residual[R], magnitude[R];
+  residuals<L, R>(layer, x, y, row, residual, magnitude);
   std::int64_t suspects = 0;
-  for (int r = 0; r < R; ++r) suspects += suspect(layer, residual[r], magnitude[r]);
+  for (int r = 0; r < R; ++r) suspects += suspect<L>(layer, residual[r], magnitude[r]);
   return suspects;
 }
 
-INLINE std::int64_t each_row(const Layer &layer, const Rows &x, const Rows &y) {
+template <int L> INLINE std::int64_t each_row(const Layer &layer, const Rows &x, const Rows &y) {
   std::int64_t row = 0, suspects = 0;
-  for (; row + 4 <= x.count; row += 4) suspects += some_rows<4>(layer, x, y, row);
-  for (; row < x.count; ++row) suspects += some_rows<1>(layer, x, y, row);
+  for (; row + 4 <= x.count; row += 4) suspects += some_rows<L, 4>(layer, x, y, row);
+  for (; row < x.count; ++row) suspects += some_rows<L, 1>(layer, x, y, row);
   return suspects;
 }
 
 // One verdict: rows are added by fours, and what comes of it in double.
-INLINE std::int64_t whole(const Layer &layer, const Rows &x, const Rows &y) {
+template <int L> INLINE std::int64_t whole(const Layer &layer, const Rows &x, const Rows &y) {
   double all = 0, size = 0;
   std::int64_t row = 0;
   for (; row + 4 <= x.count; row += 4) {
-    Lanes residual[4], magnitude[4];
-    residuals<4>(layer, x, y, row, residual, magnitude);
-    all += total((residual[0] + residual[1]) + (residual[2] + residual[3]));
-    size += total((magnitude[0] + magnitude[1]) + (magnitude[2] + magnitude[3]));
+    Lanes<L> residual[4], magnitude[4];
+    residuals<L, 4>(layer, x, y, row, residual, magnitude);
+    all += total<L>((residual[0] + residual[1]) + (residual[2] + residual[3]));
+    size += total<L>((magnitude[0] + magnitude[1]) + (magnitude[2] + magnitude[3]));
   }
   for (; row < x.count; ++row) {
-    Lanes residual[1], magnitude[1];
-    residuals<1>(layer, x, y, row, residual, magnitude);
-    all += total(residual[0]), size += total(magnitude[0]);
+    Lanes<L> residual[1], magnitude[1];
+    residuals<L, 1>(layer, x, y, row, residual, magnitude);
+    all += total<L>(residual[0]), size += total<L>(magnitude[0]);
   }
   const double rows = double(x.count);
   return suspect(layer, all - rows * layer.bias_sum, size + rows * layer.bias_magnitude, rows);
@@ -68,16 +68,16 @@ INLINE std::int64_t whole(const Layer &layer, const Rows &x, const Rows &y) {
 
 using Check = std::int64_t(const Layer &, const Rows &, const Rows &);
 
-#define VERSION(name, body) \
-  std::int64_t name(const Layer &layer, const Rows &x, const Rows &y) { return body(layer, x, y); }
+#define VERSION(name, body, isa) \
+  std::int64_t name(const Layer &layer, const Rows &x, const Rows &y) { return body<lanes(isa)>(layer, x, y); }
 
-VERSION(each_row_generic, each_row)
-VERSION(whole_generic, whole)
+VERSION(each_row_generic, each_row, Isa::generic)
+VERSION(whole_generic, whole, Isa::generic)
 #if defined(__x86_64__) && defined(__GNUC__)
-__attribute__((target("avx2,fma"))) VERSION(each_row_avx2, each_row)
-__attribute__((target("avx2,fma"))) VERSION(whole_avx2, whole)
-__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma"))) VERSION(each_row_avx512, each_row)
-__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma"))) VERSION(whole_avx512, whole)
+__attribute__((target("avx2,fma"))) VERSION(each_row_avx2, each_row, Isa::avx2)
+__attribute__((target("avx2,fma"))) VERSION(whole_avx2, whole, Isa::avx2)
+__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma"))) VERSION(each_row_avx512, each_row, Isa::avx512)
+__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma"))) VERSION(whole_avx512, whole, Isa::avx512)
 constexpr Check *EACH_ROW[] = {each_row_generic, each_row_avx2, each_row_avx512};
 constexpr Check *WHOLE[] = {whole_generic, whole_avx2, whole_avx512};
 #else

@@ -1,7 +1,7 @@
 // What the checks of float32 linear layers share: y = x Wᵀ + b against checksums of W and b.
 //
-// Sums run in LANES lanes, in an order that is the same with every instruction set; the bound that the caller hands
-// over (`scale`) is derived for it. With S = Σ_j W_j and A = Σ_j |W_j| over the outputs j, a row, or a whole layer, is
+// Sums run in as many lanes as the instruction set has; the bound that the caller hands over (`scale`) is derived for
+// that. With S = Σ_j W_j and A = Σ_j |W_j| over the outputs j, a row, or a whole layer, is
 // suspect unless |Σ y - (x · S + Σ b)| <= scale · magnitude + floor, with magnitude = |x| · A + Σ |b|; and also where the
 // magnitude is not finite, or so large that clean sums may overflow. The caller looks at suspects in double precision.
 #pragma once
@@ -21,14 +21,23 @@ PyObject *linear_tiles(PyObject *, Arguments, Py_ssize_t);
 PyObject *linear_same(PyObject *, Arguments, Py_ssize_t);
 PyObject *linear_panel(PyObject *, PyObject *);
 
-constexpr int LANES = 16;
-typedef float Lanes __attribute__((vector_size(LANES * sizeof(float))));
-typedef float Half __attribute__((vector_size(LANES / 2 * sizeof(float))));
-typedef float Quarter __attribute__((vector_size(LANES / 4 * sizeof(float))));
-typedef std::uint32_t Words __attribute__((vector_size(LANES * sizeof(float))));
+// Vectors that the caller keeps are padded with zeros to a multiple of this, the lanes of the widest instructions.
+constexpr int PADDED = 16;
+
+// L floats in a register, and their bits.
+template <int L> struct Vector {
+  typedef float floats __attribute__((vector_size(L * sizeof(float))));
+  typedef std::uint32_t words __attribute__((vector_size(L * sizeof(float))));
+};
+template <int L> using Lanes = typename Vector<L>::floats;
+template <int L> using Words = typename Vector<L>::words;
+
+// The lanes that each instruction set is given.
+constexpr int lanes(Isa isa) { return isa == Isa::avx512 ? 16 : isa == Isa::avx2 ? 8 : 4; }
+
 constexpr double LARGEST = 3.4028234663852886e38;
 
-// What the caller keeps for a layer; `native.py` packs it. Vectors are padded with zeros to a multiple of LANES.
+// What the caller keeps for a layer; `native.py` packs it. Vectors are padded (PADDED).
 struct Layer {
   std::int64_t inputs, outputs;
   const float *sums, *magnitudes;  // S and A
@@ -45,67 +54,67 @@ struct Rows {
   std::int64_t stride, count;
 };
 
-INLINE void load(Lanes &into, const float *from) { std::memcpy(&into, from, sizeof(Lanes)); }
+template <int L> INLINE void load(Lanes<L> &into, const float *from) { std::memcpy(&into, from, sizeof(into)); }
 
-INLINE void absolute(Lanes &into, const Lanes &of) {
-  Words words;
-  std::memcpy(&words, &of, sizeof(Lanes));
+template <int L> INLINE void absolute(Lanes<L> &into, const Lanes<L> &of) {
+  Words<L> words;
+  std::memcpy(&words, &of, sizeof(words));
   words &= 0x7fffffffu;
-  std::memcpy(&into, &words, sizeof(Lanes));
+  std::memcpy(&into, &words, sizeof(into));
 }
 
 // The first `count` lanes; reads further ones where `beyond` says that the memory is there, and makes them zero.
-INLINE void load_part(Lanes &into, const float *from, std::int64_t count, bool beyond) {
+template <int L> INLINE void load_part(Lanes<L> &into, const float *from, std::int64_t count, bool beyond) {
   if (beyond) {
-    Words words, kept;
-    for (int i = 0; i < LANES; ++i) kept[i] = i < count ? 0xffffffffu : 0u;
-    std::memcpy(&words, from, sizeof(Lanes));
+    Words<L> words, kept;
+    for (int i = 0; i < L; ++i) kept[i] = i < count ? 0xffffffffu : 0u;
+    std::memcpy(&words, from, sizeof(words));
     words &= kept;
-    std::memcpy(&into, &words, sizeof(Lanes));
+    std::memcpy(&into, &words, sizeof(into));
   } else {
-    float whole[LANES] = {};
+    float whole[L] = {};
     std::memcpy(whole, from, static_cast<std::size_t>(count) * sizeof(float));
-    load(into, whole);
+    load<L>(into, whole);
   }
 }
 
 // The lanes' sum, by halves.
-INLINE float total(const Lanes &of) {
-  Half low, high;
-  std::memcpy(&low, &of, sizeof(Half));
-  std::memcpy(&high, reinterpret_cast<const char *>(&of) + sizeof(Half), sizeof(Half));
-  low += high;
-  Quarter first, second;
-  std::memcpy(&first, &low, sizeof(Quarter));
-  std::memcpy(&second, reinterpret_cast<const char *>(&low) + sizeof(Quarter), sizeof(Quarter));
-  first += second;
-  return (first[0] + first[2]) + (first[1] + first[3]);
+template <int L> INLINE float total(const Lanes<L> &of) {
+  if constexpr (L == 4) {
+    return (of[0] + of[2]) + (of[1] + of[3]);
+  } else {
+    Lanes<L / 2> low, high;
+    std::memcpy(&low, &of, sizeof(low));
+    std::memcpy(&high, reinterpret_cast<const char *>(&of) + sizeof(low), sizeof(high));
+    low += high;
+    return total<L / 2>(low);
+  }
 }
 
 // The lanes of x · S and of |x| · A for R rows at once, so that the checksums are loaded once for all.
-template <int R>
-INLINE void dots(const Layer &layer, const Rows &x, std::int64_t row, Lanes (&s)[R], Lanes (&m)[R]) {
-  Lanes part, size, weight, weight_size;
-  for (int r = 0; r < R; ++r) s[r] = m[r] = Lanes{};
-  const std::int64_t k = layer.inputs, whole = k - k % LANES;
+template <int L, int R>
+INLINE void dots(const Layer &layer, const Rows &x, std::int64_t row, Lanes<L> (&s)[R], Lanes<L> (&m)[R]) {
+  Lanes<L> part, size, weight, weight_size;
+  for (int r = 0; r < R; ++r) s[r] = m[r] = Lanes<L>{};
+  const std::int64_t k = layer.inputs, whole = k - k % L;
   const float *from = x.data + row * x.stride;
-  for (std::int64_t l = 0; l < whole; l += LANES) {
-    load(weight, layer.sums + l);
-    load(weight_size, layer.magnitudes + l);
+  for (std::int64_t l = 0; l < whole; l += L) {
+    load<L>(weight, layer.sums + l);
+    load<L>(weight_size, layer.magnitudes + l);
     for (int r = 0; r < R; ++r) {
-      load(part, from + r * x.stride + l);
-      absolute(size, part);
+      load<L>(part, from + r * x.stride + l);
+      absolute<L>(size, part);
       s[r] += part * weight;
       m[r] += size * weight_size;
     }
   }
   if (whole < k) {
-    const bool beyond = (R - 1) * x.stride + whole + LANES <= (x.count - row - 1) * x.stride + k;
-    load(weight, layer.sums + whole);
-    load(weight_size, layer.magnitudes + whole);
+    const bool beyond = (R - 1) * x.stride + whole + L <= (x.count - row - 1) * x.stride + k;
+    load<L>(weight, layer.sums + whole);
+    load<L>(weight_size, layer.magnitudes + whole);
     for (int r = 0; r < R; ++r) {
-      load_part(part, from + r * x.stride + whole, k - whole, beyond);
-      absolute(size, part);
+      load_part<L>(part, from + r * x.stride + whole, k - whole, beyond);
+      absolute<L>(size, part);
       s[r] += part * weight;
       m[r] += size * weight_size;
     }
@@ -116,8 +125,8 @@ INLINE bool suspect(const Layer &layer, double residual, double magnitude, doubl
   return !(magnitude <= LARGEST / 4 && std::fabs(residual) <= layer.scale * magnitude + layer.floor * rows);
 }
 
-INLINE bool suspect(const Layer &layer, const Lanes &residual, const Lanes &magnitude) {
-  return suspect(layer, total(residual) - layer.bias_sum, total(magnitude) + layer.bias_magnitude);
+template <int L> INLINE bool suspect(const Layer &layer, const Lanes<L> &residual, const Lanes<L> &magnitude) {
+  return suspect(layer, total<L>(residual) - layer.bias_sum, total<L>(magnitude) + layer.bias_magnitude);
 }
 
 }  // namespace ckptflip

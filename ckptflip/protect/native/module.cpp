@@ -45,7 +45,7 @@ PyMethodDef methods[] = {
     {"linear_whole", fast(linear_whole), METH_FASTCALL, "1 where a linear layer's output is suspect as a whole."},
     {"linear_tiles", fast(linear_tiles), METH_FASTCALL, "A linear layer; how many of its rows are suspect."},
     {"linear_same", fast(linear_same), METH_FASTCALL, "Whether two stretches of memory hold the same bits."},
-    {"linear_panel", linear_panel, METH_NOARGS, "Outputs in a panel; up to how many outputs there are no panels."},
+    {"linear_panel", linear_panel, METH_NOARGS, "Outputs in a panel; up to how many there are no panels; lanes of sums."},
     {nullptr, nullptr, 0, nullptr},
 };
 
