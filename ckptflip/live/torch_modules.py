@@ -145,8 +145,11 @@ def _no_match(
     layers: set[int],
 ) -> str:
     if isinstance(term, type):
-        kinds = sorted({type(modules[key]).__name__ for key in layers})
-        return f"{option}: the model has no {term.__name__}; its layers are {', '.join(kinds)}"
+        kinds = {type(modules[key]) for key in layers}
+        # A class of the model's own may have the same name.
+        alike = any(kind.__name__ == term.__name__ for kind in kinds)
+        wanted, *there = (f"{k.__module__}.{k.__name__}" if alike else k.__name__ for k in (term, *kinds))
+        return f"{option}: the model has no {wanted}; its layers are {', '.join(sorted(set(there)))}"
     glob = term.removeprefix("!")
     known = [name for called in names.values() for name in called if name]
     near = difflib.get_close_matches(glob, known, 1, cutoff=0.5)

@@ -587,6 +587,14 @@ class TestArguments:
         with pytest.raises(SelectionError, match=r"matches nothing.*Cannot be hit: model/wide is expanded"):
             live.faults(model, Policy(tensors=("wide",)), seed=1)
 
+    def test_classes_of_one_name_are_told_apart(self):
+        class Linear(Gives):
+            pass
+
+        said = rf"no torch\.nn\.modules\.linear\.Linear; its layers are {__name__}\.Linear, torch\."
+        with pytest.raises(SelectionError, match=said):
+            live.faults(nn.Sequential(Linear(abs), nn.ReLU()), Policy(), seed=1, activations=nn.Linear)
+
     def test_records_that_cannot_be_written(self, tmp_path):
         (tmp_path / "file").touch()
         model = net()
