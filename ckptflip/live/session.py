@@ -113,14 +113,18 @@ def faults(
         parts.append(Gradients(model, of_gradients, due, kept))
     if not parts:
         raise UsageError("nothing is to be hit: state is False, and nothing else is asked for")
-    return Faults(kept, parts)
+    return Faults(kept, parts, model if held is not None else None)
+
+
+# Blocks that hold faults in a model's state, in the order in which they were entered.
+_OPEN: list[Faults] = []
 
 
 class Faults:
     """What `faults` gives: a context manager that knows what has fired. It serves for one block."""
 
-    def __init__(self, kept: Kept, parts: list[Part]) -> None:
-        self._kept, self._parts = kept, parts
+    def __init__(self, kept: Kept, parts: list[Part], held: Any = None) -> None:
+        self._kept, self._parts, self._held = kept, parts, held
         self._entered = False
 
     @property
@@ -159,16 +163,31 @@ class Faults:
         except BaseException:
             self._end()
             raise
+        if self._held is not None:
+            _OPEN.append(self)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        said = self._end()
+        said = self._close() + self._end()
         if kind is not None:
             return
         for one in said + [one for part in self._parts for one in part.silences()]:
             warnings.warn(one, FaultWarning, stacklevel=2)
+
+    def _close(self) -> list[str]:
+        """Be no longer open; what to warn of where a block that was entered later goes on."""
+        if self not in _OPEN:
+            return []
+        place = _OPEN.index(self)
+        del _OPEN[place]
+        if all(later._held is not self._held for later in _OPEN[place:]):
+            return []
+        return [
+            "a block on the same model was entered after this one and goes on: words that both have hit may "
+            "keep a fault. Leave blocks in the reverse order, as nested with statements do"
+        ]
 
     def _end(self) -> list[str]:
         """End every part, whatever becomes of another; what to warn of."""

@@ -138,6 +138,16 @@ class TestState:
             assert same(outer, state_of(model))
         assert same(before, state_of(model))
 
+    def test_blocks_that_are_not_left_in_the_reverse_order_are_said(self):
+        model, other = net(), net()
+        first, second = (live.faults(model, Policy(count=9), seed=1) for _ in range(2))
+        with live.faults(other, Policy(), seed=1):
+            first.__enter__()
+            second.__enter__()
+            with pytest.warns(live.FaultWarning, match=r"entered after this one and goes on.*reverse order"):
+                first.__exit__(None, None, None)
+            second.__exit__(None, None, None)  # warnings are errors here
+
     def test_tied_weights_are_one(self):
         model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
         model[1].weight = model[0].weight
