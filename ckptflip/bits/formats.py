@@ -37,6 +37,8 @@ COMPLEX_PARTS = {
     "bcomplex32": "bfloat16",
 }
 NUMPY_FLOATS = ("float64", "float32", "float16")
+# By bytes; making a dtype anew takes longer than reading a word.
+_WORDS = {size: np.dtype(f"u{size}") for size in (1, 2, 4, 8)}
 
 
 class NumberFormat(Struct, frozen=True):
@@ -69,7 +71,7 @@ class NumberFormat(Struct, frozen=True):
     @property
     def word_dtype(self) -> np.dtype[Any]:
         """The unsigned dtype of one word as numpy keeps it; sub-byte formats take a byte each."""
-        return np.dtype(f"u{max(self.part_width, 8) // 8}")
+        return _WORDS[self.word_size]
 
     @property
     def word_size(self) -> int:

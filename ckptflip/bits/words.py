@@ -104,6 +104,8 @@ def popcount(words: NDArray[Any]) -> int:
         >>> popcount(np.array([1, 3, 255], np.uint64))
         11
     """
+    if words.size == 1:
+        return int(words.item()).bit_count()
     return int(np.bitwise_count(words).sum(dtype=np.int64))
 
 

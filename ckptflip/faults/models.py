@@ -76,19 +76,22 @@ class FaultModel(Struct, frozen=True):
         """
         words: NDArray[np.uint64] = before.astype(np.uint64)
         hits: NDArray[np.uint64] = hit
-        # A sub-byte number lies in a byte whose other bits are not its own; they stay as they are.
-        others = words & ~np.uint64(valid_mask(number))
+        made: Any
         match self.kind:
             case "set0":
                 return words & ~hits
             case "set1":
                 return words | hits
             case "scale":
-                scaled = scale(before.astype(number.word_dtype), number, self.factor)
-                return others | (scaled.astype(np.uint64) & np.uint64(valid_mask(number)))
+                made = scale(before.astype(number.word_dtype), number, self.factor).astype(np.uint64)
             case "value":
-                return others | np.uint64(encode(self.value, number))
-        return words ^ hits
+                made = np.uint64(encode(self.value, number))
+            case _:
+                return words ^ hits
+        # A sub-byte number lies in a byte whose other bits are not its own; they stay as they are.
+        own = np.uint64(valid_mask(number))
+        kept: NDArray[np.uint64] = words & ~own | made & own
+        return kept
 
 
 def parse(text: str) -> FaultModel:

@@ -82,7 +82,11 @@ def runs(tensor: NDArray[np.int32]) -> Iterator[tuple[int, slice]]:
     size = tensor.size
     if not size:
         return
-    changes = (np.flatnonzero(tensor[1:] != tensor[:-1]) + 1).tolist() if tensor[0] != tensor[-1] else []
+    first: int = tensor.item(0)
+    if first == tensor.item(-1):
+        yield first, slice(0, size)
+        return
+    changes = (np.flatnonzero(tensor[1:] != tensor[:-1]) + 1).tolist()
     for start, end in zip([0, *changes], [*changes, size], strict=True):
         yield int(tensor[start]), slice(start, end)
 

@@ -214,6 +214,9 @@ class _Structure:
             self._buffers.append(module._buffers)
         self._filled = [owner for owner, size, _ in self._sizes if size]
         self._empty = [owner for owner, size, _ in self._sizes if not size]
+        # Most modules have no buffers and get none.
+        self._bare = [buffers for buffers in self._buffers if not buffers]
+        self._buffered = [buffers for buffers in self._buffers if buffers]
         self._keys = [key for _, key, _, _ in self._owned]
         self._values = [value for _, _, value, _ in self._owned]
 
@@ -234,7 +237,8 @@ class _Structure:
 
     def tensors(self) -> list[torch.Tensor | None]:
         """Parameters and buffers as they are now; buffers may come and go, as caches do."""
-        return [*self.parameters, *chain.from_iterable(map(dict.values, self._buffers))]
+        buffers = self._buffers if any(self._bare) else self._buffered
+        return [*self.parameters, *chain.from_iterable(map(dict.values, buffers))]
 
 
 def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
