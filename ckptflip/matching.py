@@ -78,11 +78,11 @@ def neither(current: NDArray[np.uint64], plan: Plan) -> NDArray[np.bool_]:
 
     Byte by byte: a write that is killed may stop inside a word, where the word crosses a page of the file.
     """
-    known = (current == plan.before) | (current == plan.after)
-    if known.all():
-        return ~known
+    foreign: NDArray[np.bool_] = (current != plan.before) & (current != plan.after)
+    if not foreign.any():
+        return foreign
     now, before, after = (words.view(np.uint8) for words in (current, plan.before, plan.after))
-    foreign: NDArray[np.bool_] = ((now != before) & (now != after)).reshape(-1, 8).any(axis=1)
+    foreign = ((now != before) & (now != after)).reshape(-1, 8).any(axis=1)
     return foreign
 
 
