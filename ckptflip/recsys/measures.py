@@ -165,6 +165,9 @@ def compare(
 ) -> Comparison | None:
     """Compare the AUC of two sets of scores for the same rows, such as a clean and a faulty model's.
 
+    Where DeLong's variance of the difference is 0 (one model separates the classes perfectly, the other gives
+    nothing but ties), the interval has no width and p is 0 for any number of rows: read the two AUCs instead.
+
     Source: DeLong, DeLong and Clarke-Pearson (1988), by the algorithm of Sun and Xu (2014).
 
     Args:
