@@ -21,7 +21,18 @@ PAGES_WITH_EXAMPLES = [
 
 NEEDED = {
     **dict.fromkeys(
-        ("README", "vision", "pytorch", "dcp", "propagation", "campaigns", "recsys", "live", "clipping"),
+        (
+            "README",
+            "vision",
+            "pytorch",
+            "dcp",
+            "propagation",
+            "campaigns",
+            "recsys",
+            "live",
+            "clipping",
+            "bit-protection",
+        ),
         ("torch",),
     ),
     **dict.fromkeys(("keras", "training"), ("keras", "torch")),

@@ -93,14 +93,14 @@ def faults(
     asked = {name: wanted for name, wanted in passing.items() if _is_asked(wanted)}
     of_gradients = globs(gradients, "gradients")
     of_state = globs(True if state is None and not asked and not of_gradients else state, "state")
-    kind, kept = _kind(model), Kept(combine(policy), seed, records)
+    kind, kept = framework_of(model), Kept(combine(policy), seed, records)
     _check(kind, kept.policies, bool(asked or of_gradients), calls is not None or every is not None)
     due = Due(calls, every, once)
     parts: list[Part] = []
     held = None
     if of_state:
         policies = narrowed(kept.policies, "", of_state)
-        held = Held("state", _target(model, optimizer, kind), policies, kept, _forget(kind))
+        held = Held("state", target_of(model, optimizer, kind), policies, kept, _forget(kind))
         if calls is None and every is None:
             parts.append(_Start(held, seed))
     if asked or (held is not None and not parts):
@@ -226,7 +226,7 @@ class _Start:
         return []
 
 
-def _kind(model: Any) -> str:
+def framework_of(model: Any) -> str:
     """Which framework a model is of: ``torch``, ``keras``, or none: ``target``."""
     keras, torch = sys.modules.get("keras"), sys.modules.get("torch")
     # With the torch backend a Keras model is a PyTorch module too.
@@ -239,7 +239,17 @@ def _kind(model: Any) -> str:
     raise UsageError(f"a {type(model).__name__} is no PyTorch or Keras model, and no target for faults")
 
 
-def _target(model: Any, optimizer: Any, kind: str) -> LiveTarget:
+def target_of(model: Any, optimizer: Any, kind: str) -> LiveTarget:
+    """The tensors of a model as a target, or the target that it is.
+
+    Args:
+        model: as for `faults`.
+        optimizer: likewise.
+        kind: as `framework_of` has it.
+
+    Raises:
+        UsageError: an optimizer where there can be none; a model without tensors.
+    """
     if kind == "torch":
         from ckptflip.live.torch_tensors import TorchTarget
 

@@ -101,6 +101,11 @@ class TorchTarget:
         found = ((self._fetch[i](), self._places[i]) for i in tensors)
         return all(tensor is not None and _mark(tensor) == place for tensor, place in found)
 
+    def tensor(self, tensor: int) -> torch.Tensor:
+        """One tensor of the catalogue itself."""
+        found: torch.Tensor = self._fetch[tensor]()
+        return found
+
     def read(self, tensor: int, words: NDArray[np.int64]) -> NDArray[Any]:
         """Words of one tensor at ascending positions, unsigned; nothing else of the tensor is read."""
         return torch_words.read(self._fetch[tensor](), self._tensors[tensor].number, words)
