@@ -167,14 +167,31 @@ class TorchWorkload:
 
     def evaluate(self) -> dict[str, float]:
         """Measure ``loss``, the metric, and the weights' ``nan``, ``inf`` and ``extreme`` counts."""
-        run = self._current()
-        with self._random_of(run), torch.no_grad():
+        return self.measure(self.outputs()[0]) | count_nev(self._current().model, self._extreme)
+
+    def measure(self, outputs: torch.Tensor) -> dict[str, float]:
+        """The ``loss`` and the metric of outputs for the test set, such as `outputs` gives.
+
+        Args:
+            outputs: one for each test sample, in their order.
+        """
+        targets = self._data()[1][1]
+        with self._random_of(self._current()), torch.no_grad():
             with self._casting():
-                outputs, targets = self._outputs(run)
                 loss = self._loss(outputs, targets).item()
             metric = self._metric(outputs, targets)
         named = metric if isinstance(metric, dict) else {"accuracy": float(metric)}
-        return {"loss": loss} | named | count_nev(run.model, self._extreme)
+        return {"loss": loss} | named
+
+    def training_batches(self, samples: int, batch: int) -> list[tuple[torch.Tensor, ...]]:
+        """The first training inputs, in their order, as the model takes them.
+
+        Args:
+            samples: how many at most.
+            batch: how many at once.
+        """
+        inputs = [part[:samples].split(batch) for part in _several(self._data()[0][0])]
+        return list(zip(*inputs, strict=True))
 
     def outputs(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The model's outputs for the test set, and the targets: what measures of pairs of runs need."""

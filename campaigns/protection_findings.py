@@ -1,0 +1,85 @@
+"""What the score of protections says, in sentences made from its numbers."""
+
+from __future__ import annotations
+
+from protection_tables import BARE, Line, Study, of, places
+
+from ckptflip.campaign.statistics import holm
+from ckptflip.report.campaign.words import listed, many, percent
+
+LEVEL = 0.05
+PUBLISHED, OURS = "clip-100", "clip-range"
+
+
+def findings(study: Study) -> list[str]:
+    """The sentences of a study."""
+    said = [_noticed(study), _silent(study), _recovered(study)]
+    if {PUBLISHED, OURS} <= set(study.survivors):
+        said.append(_clipping(study))
+    said.append(_clean(study))
+    return [each for each in said if each]
+
+
+def _noticed(study: Study) -> str:
+    told = {name: study.pooled(name, effective=True) for name in study.detectors}
+    if not told or not next(iter(told.values())).trials:
+        return ""
+    order = sorted(told, key=lambda name: -told[name].share)
+    parts = [f"`{name}` {percent(told[name].share)}" for name in order]
+    return (
+        f"Of {many(told[order[0]].trials, 'trial')} whose faults changed an output, {listed(parts)} were noticed."
+    )
+
+
+def _silent(study: Study) -> str:
+    alarms = {name: study.false_alarms(name) for name in study.detectors}
+    loud = [f"`{name}` ({of(rate)})" for name, rate in alarms.items() if rate.events]
+    trials = max((rate.trials for rate in alarms.values()), default=0)
+    if not trials:
+        return ""
+    return f"Where nothing was altered ({many(trials, 'restart')}), " + (
+        f"{listed(loud)} raised a false alarm." if loud else "no contender raised a false alarm."
+    )
+
+
+def _recovered(study: Study) -> str:
+    parts = []
+    for name in study.survivors:
+        if name != BARE and (found := study.recovered(name)) is not None:
+            parts.append(f"`{name}` {percent(found[1])}")
+    if not parts:
+        return ""
+    return f"Of the {study.metric} that the bare models lost, summed over all cells, {listed(parts)} were recovered."
+
+
+def _clipping(study: Study) -> str:
+    """Calibrated against published clipping on the same faults, cell by cell, Holm over the cells."""
+    told = [(line, study.against(line, OURS, PUBLISHED)) for line in study.lines]
+    adjusted = holm([each.p_value for _, each in told]).tolist()
+    differing = [(line, each) for (line, each), p in zip(told, adjusted, strict=True) if p <= LEVEL]
+    said = (
+        f"`{OURS}` against the published `{PUBLISHED}` on the same faults: what is left differs in "
+        f"{len(differing)} of {many(len(told), 'cell')} (Wilcoxon, Holm)"
+    )
+    parts = [
+        f"{_name(study, line)} ({places(each.mean)}; {places(each.mean_interval.low)} to "
+        f"{places(each.mean_interval.high)})"
+        for line, each in differing
+    ]
+    return f"{said}{f', mean difference: {listed(parts)}' if parts else ''}."
+
+
+def _clean(study: Study) -> str:
+    """What contenders cost a model without a fault."""
+    parts = []
+    for name in study.survivors:
+        lost = [float(c.lost(name, study.chance).mean()) for c in study.controls if name in c.left]
+        if name != BARE and lost and max(abs(each) for each in lost) > 0:
+            parts.append(f"`{name}` {places(max(lost, key=abs))}")
+    if not parts:
+        return f"On models without a fault no contender changes the {study.metric}."
+    return f"On models without a fault the {study.metric} falls by at most {listed(parts)}; all others change nothing."
+
+
+def _name(study: Study, line: Line) -> str:
+    return f"{line.cell.label}, {line.cell.workload}" if study.gathered.several_workloads else line.cell.label
