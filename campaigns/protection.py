@@ -32,22 +32,25 @@ PAGE = HERE.parent / "docs" / "results-protection.md"
 _HEAD = """\
 # Protections, scored on the same faults
 
-Every trial alters a copy of a trained model, and measures that one faulty model bare and under every contender: who noticed, and
-what was left. So contenders are compared trial by trial, on the same words and bits.
+Every trial alters a copy of a trained model, and measures that one faulty model bare and under every
+contender: who noticed, and what was left. So contenders are compared trial by trial, on the same words
+and bits.
 
-**The models are small** and their log is generated; what holds here may not hold for yours. What detection inside operators costs, and what it
-finds of faults in products and sums, is measured apart: [quantised GEMM](../benchmarks/results/abft_gemm.md),
-[EmbeddingBag](../benchmarks/results/abft_bags.md), [intensity-guided](../benchmarks/results/intensity.md), [clipping](../benchmarks/results/clipping.md),
+**The models are small** and their log is generated; what holds here may not hold for yours. What
+detection inside operators costs, and what it finds of faults in products and sums, is measured apart:
+[quantised GEMM](../benchmarks/results/abft_gemm.md), [EmbeddingBag](../benchmarks/results/abft_bags.md),
+[intensity-guided](../benchmarks/results/intensity.md), [clipping](../benchmarks/results/clipping.md),
 [seals](../benchmarks/results/seal.md).
 
 **The rules**, the same for all studies and made before any of them ran:
 
-- A fault is *effective* if any output on the test set is not the clean model's, bit for bit. Detection is told of all faults and of effective
-  ones; intervals are Clopper and Pearson's, exact, of 95 %.
+- A fault is *effective* if any output on the test set is not the clean model's, bit for bit. Detection is
+  told of all faults and of effective ones; intervals are Clopper and Pearson's, exact, of 95 %.
 - A *false alarm* is a contender that notices something in a model in which nothing was altered.
-- What a contender leaves is the clean metric less its own, paired by trial; means have bootstrapped (BCa) intervals. What has no metric counts as
-  chance.
-- Two contenders *differ* in a cell if Wilcoxon's signed-rank test says so (p ≤ {level:g}) after Holm's adjustment over the cells of the study.
+- What a contender leaves is the clean metric less its own, paired by trial; means have bootstrapped (BCa)
+  intervals. What has no metric counts as chance.
+- Two contenders *differ* in a cell if Wilcoxon's signed-rank test says so (p ≤ {level:g}) after Holm's
+  adjustment over the cells of the study.
 - Sentences are chosen by the script from the numbers; none was written after looking at them.
 """
 _CONTENDERS = """\
@@ -133,10 +136,12 @@ def _runs(studies: Sequence[Study], stores: Path) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in revision.versions.items())
     machine = revision.machine
     return "\n".join([
-        f"**The runs**: {done} trials in {len(studies)} campaigns{f', {failed} more failed' if failed else ''}. "
-        f"{machine.get('processor')}, {machine.get('cores')} cores, {machine.get('memory', 0) / 2**30:.0f} GiB, "
-        f"{machine.get('system')}; {versions}. Begun {revision.created[:10]}, {seconds / 60:.0f} minutes of one "
-        f"core; seed {studies[0].gathered.spec['seed']}. Page written {date.today().isoformat()} by",
+        f"**The runs**: {done} trials in {len(studies)} campaigns"
+        f"{f', {failed} more failed' if failed else ''}. "
+        f"{machine.get('processor')}, {machine.get('cores')} cores, "
+        f"{machine.get('memory', 0) / 2**30:.0f} GiB, {machine.get('system')}; {versions}. "
+        f"Begun {revision.created[:10]}, {seconds / 60:.0f} minutes of one core; "
+        f"seed {studies[0].gathered.spec['seed']}. Page written {date.today().isoformat()} by",
         "",
         "```sh",
         "python campaigns/protection.py run      # goes on where it was interrupted",

@@ -26,9 +26,7 @@ def _noticed(study: Study) -> str:
         return ""
     order = sorted(told, key=lambda name: -told[name].share)
     parts = [f"`{name}` {percent(told[name].share)}" for name in order]
-    return (
-        f"Of {many(told[order[0]].trials, 'trial')} whose faults changed an output, {listed(parts)} were noticed."
-    )
+    return f"Of {many(told[order[0]].trials, 'trial')} whose faults changed an output, {listed(parts)} were noticed."
 
 
 def _silent(study: Study) -> str:

@@ -174,7 +174,11 @@ def noticed_table(study: Study) -> list[list[str]]:
     """Every detector over all cells: of all faults, of effective ones, false alarms."""
     rows = [["contender", "of all faults, 95 %", "of effective faults, 95 %", "false alarms, 95 %"]]
     for name in study.detectors:
-        every = study.pooled(name, effective=False), study.pooled(name, effective=True), study.false_alarms(name)
+        every = (
+            study.pooled(name, effective=False),
+            study.pooled(name, effective=True),
+            study.false_alarms(name),
+        )
         rows.append([
             f"`{name}`",
             *(f"{of(rate)}: {percent(rate.share)} ({between(rate.low, rate.high)})" if rate.trials else NONE
@@ -203,7 +207,9 @@ def left_table(study: Study) -> list[list[str]]:
     rows = [["condition", *(["model"] if several else []),
              *(name if name == BARE else f"`{name}`" for name in study.survivors)]]  # fmt: skip
     for line in (*study.controls, *study.lines):
-        cells = [_loss(line.lost(name, study.chance)) if name in line.left else NONE for name in study.survivors]
+        cells = [
+            _loss(line.lost(name, study.chance)) if name in line.left else NONE for name in study.survivors
+        ]
         rows.append([line.cell.label, *([line.cell.workload] if several else []), *cells])
     return rows
 

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 __all__ = ["scored"]
 
 
-def scored(*, model: str = "dlrm", trained: int = 3, calibration: int = 8192, **options: Any) -> ScoredWorkload:
+def scored(
+    *, model: str = "dlrm", trained: int = 3, calibration: int = 8192, **options: Any
+) -> ScoredWorkload:
     """A model that is trained for some epochs, then measured bare and under every protection.
 
     Args:

@@ -12,6 +12,8 @@ CONTENDERS: tuple[Contender, ...] = (
     Range(),
     Digest(),
     RowAbft(),
-    Clipping("clip-100", "the published clipping: ±100 on every linear layer but the last, NaN to 0", "fixed:100"),
+    Clipping(
+        "clip-100", "the published clipping: ±100 on every linear layer but the last, NaN to 0", "fixed:100"
+    ),
     Clipping("clip-range", "clipping to what each layer gave on clean data", "range"),
 )

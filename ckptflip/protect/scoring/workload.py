@@ -101,8 +101,8 @@ class ScoredWorkload:
         Returns:
             What the recipe measures; ``changed``, the share of test samples whose outputs are not the clean
             model's, bit for bit; and for each contender: ``found/NAME``, 1 where it noticed a fault and 0
-            where it did not; where it alters outputs, the recipe's measures as ``METRIC/NAME`` and
-            ``changed/NAME``; its own counts as ``COUNT/NAME``.
+            where it did not; where it alters outputs, ``auc/NAME``, ``accuracy/NAME`` and ``loss/NAME``, as
+            far as the recipe measures them, and ``changed/NAME``; its own counts as ``COUNT/NAME``.
         """
         state = self._current()
         known = self._of_clean(state)
@@ -187,7 +187,7 @@ class ScoredWorkload:
             found[f"found/{contender.name}"] = float(verdict.found)
         if verdict.outputs is not None:
             measured = self._trained.measure(verdict.outputs)
-            found |= {f"{name}/{contender.name}": value for name, value in measured.items()}
+            found |= {f"{name}/{contender.name}": measured[name] for name in _TOLD if name in measured}
             found[f"changed/{contender.name}"] = _changed(verdict.outputs, clean)
         return found
 
@@ -201,6 +201,7 @@ class ScoredWorkload:
 
 
 _DIGEST = 32
+_TOLD = ("auc", "accuracy", "loss")
 
 
 def _packed(weights: dict[str, torch.Tensor]) -> torch.Tensor:
