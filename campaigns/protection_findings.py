@@ -26,7 +26,8 @@ def _noticed(study: Study) -> str:
         return ""
     order = sorted(told, key=lambda name: -told[name].share)
     parts = [f"`{name}` {percent(told[name].share)}" for name in order]
-    return f"Of {many(told[order[0]].trials, 'trial')} whose faults changed an output, {listed(parts)} were noticed."
+    trials = many(told[order[0]].trials, "trial")
+    return f"Of {trials} whose faults changed an output, {listed(parts)} were noticed."
 
 
 def _silent(study: Study) -> str:
@@ -47,7 +48,8 @@ def _recovered(study: Study) -> str:
             parts.append(f"`{name}` {percent(found[1])}")
     if not parts:
         return ""
-    return f"Of the {study.metric} that the bare models lost, summed over all cells, {listed(parts)} were recovered."
+    lost = f"Of the {study.metric} that the bare models lost, summed over all cells"
+    return f"{lost}, {listed(parts)} were recovered."
 
 
 def _clipping(study: Study) -> str:
@@ -76,7 +78,8 @@ def _clean(study: Study) -> str:
             parts.append(f"`{name}` {places(max(lost, key=abs))}")
     if not parts:
         return f"On models without a fault no contender changes the {study.metric}."
-    return f"On models without a fault the {study.metric} falls by at most {listed(parts)}; all others change nothing."
+    falls = f"On models without a fault the mean {study.metric} falls by {listed(parts)}"
+    return f"{falls}; all others leave it as it is."
 
 
 def _name(study: Study, line: Line) -> str:

@@ -124,7 +124,7 @@ class Study:
         return _rate(np.concatenate([c.found[detector] for c in self.controls if detector in c.found]))
 
     def recovered(self, contender: str) -> tuple[float, float] | None:
-        """Metric that the bare models lost and that a contender's have, over all cells: its sum, and as a share."""
+        """Of the metric that bare models lost, over all cells, what a contender keeps: a sum, and a share."""
         lines = [line for line in self.lines if contender in line.left]
         bare = sum(float(line.lost(BARE, self.chance).sum()) for line in lines)
         left = sum(float(line.lost(contender, self.chance).sum()) for line in lines)

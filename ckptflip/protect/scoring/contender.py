@@ -41,4 +41,4 @@ class Contender(Protocol):
         """What it keeps of the clean model and of clean data; None where the model has nothing for it."""
 
     def face(self, model: torch.nn.Module, prepared: Any, run: Run) -> Verdict:
-        """Judge the model, and run it where that needs or changes outputs. It may alter the model's weights."""
+        """Judge the model, and run it where that needs or changes outputs. It may alter its weights."""

@@ -37,8 +37,8 @@ class ScoredWorkload:
     """A model that is trained when it is started; its checkpoint is altered, measured, and not trained on.
 
     The checkpoint holds the model, and its clean weights once more as one run of bytes (``clean``), which is
-    what the protections were prepared on. Faults belong into ``model/*``: a checkpoint whose ``clean`` was hit
-    is refused. In a campaign, ``restart.epochs = [0]`` and ``restart.horizon = 0``.
+    what the protections were prepared on. Faults belong into ``model/*``: a checkpoint whose ``clean`` was
+    hit is refused. In a campaign, ``restart.epochs = [0]`` and ``restart.horizon = 0``.
 
     Args:
         trained: the recipe.
