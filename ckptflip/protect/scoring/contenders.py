@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ckptflip.protect.scoring.contender import Contender
 from ckptflip.protect.scoring.detectors import Digest, Extreme, Nan, Range, RowAbft
-from ckptflip.protect.scoring.survival import Clipping
+from ckptflip.protect.scoring.survival import Bits, Clipping
 
 CONTENDERS: tuple[Contender, ...] = (
     Nan(),
@@ -15,5 +15,16 @@ CONTENDERS: tuple[Contender, ...] = (
     Clipping(
         "clip-100", "the published clipping: ±100 on every linear layer but the last, NaN to 0", "fixed:100"
     ),
-    Clipping("clip-range", "clipping to what each layer gave on clean data", "range"),
+    Clipping(
+        "clip-range", "clipping to what each layer gave on clean data; what lies beyond becomes its mean", "range"
+    ),
+    Bits("parity", "parity over sign and exponent of all weights", "sign,exponent", "parity"),
+    Bits("secded", "SECDED over sign and exponent of all weights", "sign,exponent", "secded"),
+    Bits("secded-critical", "SECDED over the critical bit of all weights", "critical", "secded"),
+    Bits(
+        "tmr",
+        "triplication of sign and exponent; with checks that are never hit it is the published ideal protection",
+        "sign,exponent",
+        "tmr",
+    ),
 )
