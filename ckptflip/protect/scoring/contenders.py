@@ -16,14 +16,16 @@ CONTENDERS: tuple[Contender, ...] = (
         "clip-100", "the published clipping: ±100 on every linear layer but the last, NaN to 0", "fixed:100"
     ),
     Clipping(
-        "clip-range", "clipping to what each layer gave on clean data; what lies beyond becomes its mean", "range"
+        "clip-range",
+        "clipping to what each layer gave on clean data; what lies beyond becomes its mean",
+        "range",
     ),
     Bits("parity", "parity over sign and exponent of all weights", "sign,exponent", "parity"),
     Bits("secded", "SECDED over sign and exponent of all weights", "sign,exponent", "secded"),
     Bits("secded-critical", "SECDED over the critical bit of all weights", "critical", "secded"),
     Bits(
         "tmr",
-        "triplication of sign and exponent; with checks that are never hit it is the published ideal protection",
+        "triplication of sign and exponent; as checks are never hit here, the published ideal protection",
         "sign,exponent",
         "tmr",
     ),
