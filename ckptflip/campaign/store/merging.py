@@ -91,7 +91,7 @@ class _Sources:
         self._target = target
         self._read: list[Path] = []
         self._fingerprint = ""
-        self._revisions: set[tuple[Any, ...]] = set()
+        self._revisions: dict[tuple[Any, ...], int] = {}
         self._attempts: dict[tuple[Any, ...], tuple[Any, ...]] = {}
         self._trials: dict[_Name, tuple[int, str, Path]] = {}
         self.shared = 0
@@ -102,7 +102,8 @@ class _Sources:
             _check_whole(reader)
             self._check_campaign(reader)
             source = reader.connection
-            self._revisions.update(source.execute(f"SELECT {_REVISION} FROM revisions").fetchall())
+            for row in source.execute(f"SELECT {_REVISION}, number FROM revisions ORDER BY number"):
+                self._revisions[row[:-1]] = max(row[-1], self._revisions.get(row[:-1], 0))
         seen = tuple(self._read)
         cells, strata = unite_cells(self._connection, reader, seen)
         runs, metrics = unite_runs(self._connection, reader, seen)
@@ -118,7 +119,8 @@ class _Sources:
 
     def finish(self) -> None:
         """Put in what all stores have together, in order of time."""
-        revisions = sorted(self._revisions, key=lambda row: (row[2], *row))
+        # Two of one store may be of the same millisecond.
+        revisions = sorted(self._revisions, key=lambda row: (row[2], self._revisions[row], *row))
         self._connection.executemany(
             f"INSERT INTO revisions ({_REVISION}) VALUES (?, ?, ?, ?, ?, ?)", revisions
         )
