@@ -82,10 +82,10 @@ def markers(name: str) -> tuple[str, str]:
     return f"<!-- written by benchmarks/{name}.py -->", f"<!-- end of {name} -->"
 
 
-def into_readme(name: str, results: str, columns: int) -> None:
-    """Put the first columns of a results table between the README's markers for this benchmark."""
+def into_readme(name: str, results: str, columns: int, page: Path = _README) -> None:
+    """Put the first columns of a results table between this benchmark's markers, in the README or a page."""
     first, last = markers(name)
-    text = _README.read_text("utf-8")
+    text = page.read_text("utf-8")
     before, _, rest = text.partition(first)
     after = rest.partition(last)[2]
-    _README.write_text(f"{before}{first}\n\n{table_of(results, columns)}\n\n{last}{after}", "utf-8")
+    page.write_text(f"{before}{first}\n\n{table_of(results, columns)}\n\n{last}{after}", "utf-8")

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from processes import GIB, Spent, machine, program, timed, with_bytecode
+from processes import GIB, Spent, into_readme, machine, program, timed, with_bytecode
 
 RESULTS = Path(__file__).parent / "results" / "seal.md"
+PAGE = Path(__file__).parent.parent / "docs" / "seals.md"
 SIZES = {"256 MiB": GIB // 4, "2 GiB": 2 * GIB}
 LARGE = "2 GiB"
 TARGETS = {"seal": 1.5, "verify": 1.5, "seal --repair": 4.0}
@@ -129,6 +130,8 @@ def main() -> None:
         shutil.rmtree(folder)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(text, "utf-8")
+    if arguments.output == RESULTS:
+        into_readme("seal", text, 7, PAGE)
     print(arguments.output)
 
 

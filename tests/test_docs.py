@@ -32,6 +32,7 @@ NEEDED = {
             "live",
             "clipping",
             "bit-protection",
+            "seals",
         ),
         ("torch",),
     ),
@@ -97,11 +98,14 @@ def test_links_between_pages_lead_somewhere(tmp_path: Path) -> None:
     assert load("build").build(tmp_path) == []
 
 
-@pytest.mark.parametrize(("name", "columns"), [("inject", 5), ("formats", 8)])
-def test_the_speeds_in_the_readme_are_the_benchmarks(name: str, columns: int) -> None:
+@pytest.mark.parametrize(
+    ("name", "columns", "page"),
+    [("inject", 5, "README.md"), ("formats", 8, "README.md"), ("seal", 7, "docs/seals.md")],
+)
+def test_the_speeds_on_a_page_are_the_benchmarks(name: str, columns: int, page: str) -> None:
     processes = load("processes", "benchmarks")
     first, last = processes.markers(name)
-    shown = (ROOT / "README.md").read_text("utf-8").partition(first)[2].partition(last)[0]
+    shown = (ROOT / page).read_text("utf-8").partition(first)[2].partition(last)[0]
     results = (ROOT / "benchmarks" / "results" / f"{name}.md").read_text("utf-8")
     assert shown.strip() == processes.table_of(results, columns)
     assert shown.count("\n|") > 5

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -105,8 +105,3 @@ def bits_of(inside: Positions, stored: np.dtype[np.generic], packed: int = 0) ->
         return inside
     byte, bit = np.divmod(inside, 8)
     return (stored.itemsize - 1 - byte) * 8 + bit
-
-
-def overlapping(extents: Sequence[Extent], start: int, end: int) -> list[Extent]:
-    """Those of some extents that share bytes with a range."""
-    return [e for e in extents if e.start < end and start < e.end]

@@ -53,7 +53,7 @@ def command(
     if done.found.damage or form != "table":
         emit([row(d) for d in done.found.damage], COLUMNS, form)
     if done.out is not None:
-        say(f"{done.out}: {many(done.mended, 'block')} mended and proven by their digests")
+        say(f"{done.out}: {many(done.mended, 'block')} mended, proven by digest")
     elif done.whole:
         say(f"{ckpt} is as it was sealed; nothing was written")
     if done.left:

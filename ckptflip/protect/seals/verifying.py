@@ -184,7 +184,9 @@ def advice(found: Verdict) -> str:
     if kinds <= {"extra", "seal"}:
         return "Remove the extra files, or seal the checkpoint again if they belong to it"
     if found.mendable:
-        return f"`ckptflip repair {found.checkpoint}` can mend it; if it was saved anew, seal it again"
+        named = "" if found.seal == sidecar.beside(found.checkpoint) else f" --seal {found.seal}"
+        repair = f"ckptflip repair {found.checkpoint}{named}"
+        return f"`{repair}` can mend it; if it was saved anew, seal it again"
     partly = "`ckptflip repair --partial` mends what can be"
     return f"Take it from a copy; {partly}; if it was saved anew, seal it again"
 
