@@ -206,7 +206,7 @@ def text_of(args: argparse.Namespace, ran: dict[str, Any], large: dict[str, floa
         "",
         f"Made by `python benchmarks/campaign.py` on {machine(**versions)}.",
         f"{ran['trials']} trials of 10 epochs of digits-cnn, as in E2; each way as a process of its own, in "
-        f"turn, {args.rounds} rounds;",
+        f"turn, {args.rounds} round{'s'[: args.rounds != 1]};",
         f"medians of the seconds, and of the ratios of each round (in brackets the least of them). "
         f"{args.workers} workers.",
         "",

@@ -54,6 +54,9 @@ def command(
     if campaign is None:
         raise UsageError("name the campaign's TOML file; --example prints one to begin with")
     spec = loading.load(campaign)
+    # A recipe may lie beside its spec. Behind everything else, so that it hides no installed module.
+    if (folder := str(campaign.resolve().parent)) not in sys.path:
+        sys.path.append(folder)
     try:
         cells = expand(spec)
     except UsageError as why:

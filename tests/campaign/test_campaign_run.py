@@ -418,6 +418,20 @@ def test_an_interrupted_campaign_says_so_and_goes_on(tmp_path: Path) -> None:
     assert len(values(store)["trials"]) == 34
 
 
+def test_a_recipe_beside_its_spec_is_found_from_anywhere(tmp_path: Path) -> None:
+    (tmp_path / "beside_its_spec.py").write_text((HERE / "campaign_toy.py").read_text())
+    spec = written(tmp_path, trials="per_cell = 1")
+    spec.write_text(spec.read_text().replace("campaign_toy:make", "beside_its_spec:make"))
+    (tmp_path / "elsewhere").mkdir()
+    done = subprocess.run(
+        command("run", spec, "--store", tmp_path / "runs.db"), cwd=tmp_path / "elsewhere", check=False,
+        capture_output=True, text=True, timeout=120,
+        env={**os.environ, "PYTHONPATH": str(HERE.parent.parent)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "10 trials in" in done.stderr
+
+
 def test_the_plan_can_be_seen_without_running(tmp_path: Path) -> None:
     done = ckptflip("run", written(tmp_path), "--dry-run")
     assert done.returncode == 0 and "10 cells, 34 trials" in done.stderr
