@@ -199,6 +199,10 @@ class TorchWorkload:
         with self._random_of(run), torch.no_grad(), self._casting():
             return self._outputs(run)
 
+    def inputs(self, *, train: bool = True) -> tuple[torch.Tensor, ...]:
+        """What the model is given, as a tensor for each argument: of the training set, or of the test set."""
+        return tuple(_several(self._data()[0 if train else 1][0]))
+
     def save(self, path: str | Path) -> None:
         """Write the whole state to an HDF5 file."""
         torch_h5.save(torch_state.capture(self._current(), self.name), path)

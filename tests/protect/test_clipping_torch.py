@@ -197,6 +197,16 @@ def test_a_sequential_does_layer_and_relu_at_once_only_where_nothing_looks_betwe
     assert forward_of(model) == ["NoneType"] * 4
 
 
+def test_what_a_later_hook_keeps_is_not_rectified():
+    model = nn.Sequential(nn.Linear(2, 64), nn.ReLU(), nn.Linear(64, 2))
+    x, kept = torch.rand(8, 2), []
+    with torch.no_grad(), clipping.clipped(model, clipping.calibrate(model, [x])):
+        clean = model(x)
+        model[0].register_forward_hook(lambda module, given, output: kept.append(output))
+        assert torch.equal(model(x), clean)
+    assert torch.equal(kept[0], model[0](x)) and (kept[0] < 0).any()
+
+
 def test_copies_are_clipped_on_their_own(inputs):
     model = made("dlrm")
     block = clipping.clip(model, clipping.calibrate(model, [inputs]))

@@ -74,7 +74,7 @@ def _put(module: torch.nn.Module, clip: Clip, after: torch.nn.Module | None) -> 
     if after is None and type(module) is not Tables:
         remove: Callable[[], object] = module.register_forward_hook(Hook(clip)).remove
         return remove
-    changed, forward = (module, Gatherer(clip, module)) if after is None else (after, Rectifier(clip))
+    changed, forward = (module, Gatherer(clip, module)) if after is None else (after, Rectifier(clip, module))
     changed.forward = forward
     return lambda: changed.__dict__.pop("forward", None)
 

@@ -71,6 +71,7 @@ class Clip:
         if (
             self._kernel is None
             or torch.compiler.is_compiling()
+            or type(output) is not torch.Tensor
             or output.dtype is not torch.float32
             or not output.is_cpu
             or not output.is_contiguous()
@@ -136,15 +137,20 @@ class Hook:
 
 
 class Rectifier:
-    """Takes the place of a ReLU's `forward`: clips what comes from the layer before it, then rectifies it."""
+    """Takes the place of a ReLU's `forward`: clips what comes from the layer before it, then rectifies it.
 
-    def __init__(self, clip: Clip) -> None:
-        self.clip = clip
+    Args:
+        clip: the bounds of the layer before the ReLU.
+        layer: that layer.
+    """
+
+    def __init__(self, clip: Clip, layer: torch.nn.Module) -> None:
+        self.clip, self._layer = clip, layer
 
     def __call__(self, given: torch.Tensor) -> torch.Tensor:
-        """The ReLU of the layer's output within bounds; in place, since nothing else reads that."""
+        """The ReLU of the layer's output within bounds; in place, unless a hook may have kept that."""
         self.clip.calls += 1
-        return self.clip.rectified(given)
+        return self.clip.rectified(given.clone() if self._layer._forward_hooks else given)
 
 
 class Gatherer:
