@@ -26,7 +26,7 @@ CODES = {"random": None, "zero": 0, "highest": 255}
 @pytest.fixture(params=["compiled", "plain"], autouse=True)
 def way(request, monkeypatch):
     if request.param == "plain":
-        for module in (packing, passes, quantised):
+        for module in (packing, quantised):
             monkeypatch.setattr(module, "kernels", lambda: None)
     elif kernels() is None:
         pytest.skip("the compiled kernels were not built")

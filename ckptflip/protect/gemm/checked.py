@@ -27,9 +27,24 @@ class Checked:
         seen: counts of what was found.
         verdict: of the last call: None if all rows held, else a code of `passes` for each row.
         between: is given the accumulators before they are checked, to put faults into them; None for nothing.
+        inputs, outputs, dtype: k, n, and the dtype of the results.
+        in_place: whether results take the memory of the accumulators.
     """
 
-    __slots__ = ("between", "in_place", "inputs", "name", "on_error", "packed", "seen", "verdict")
+    __slots__ = (
+        *(
+            "between",
+            "dtype",
+            "in_place",
+            "inputs",
+            "name",
+            "on_error",
+            "outputs",
+            "packed",
+            "seen",
+            "verdict",
+        ),
+    )
 
     def __init__(self, packed: Packed, *, on_error: str = "raise", name: str = "product") -> None:
         self.packed = packed
@@ -41,7 +56,8 @@ class Checked:
         # Correction needs the accumulators of the sound rows as well.
         narrow = packed.layer.out_scale is not None
         self.in_place = packed.width == packed.layer.outputs and not narrow and on_error != "correct"
-        self.inputs = packed.layer.inputs
+        self.inputs, self.outputs = packed.layer.inputs, packed.layer.outputs
+        self.dtype = torch.uint8 if narrow else torch.float32
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A packed weight cannot be copied or saved: copies pack their own."""
@@ -77,18 +93,22 @@ class Checked:
         rows = product(packed, x)
         if self.between is not None:
             self.between(rows)
-        out = rows if self.in_place else self._room(len(rows))
-        found = check_and_write(packed, rows, x, out, x_scale=x_scale, x_zero=x_zero, given=given, made=made)
+        count, n = len(rows), self.outputs
+        out = rows if self.in_place else torch.empty((count, n), dtype=self.dtype)
+        if packed.compiled is not None and given is None and made is None:
+            # The commonest call, without the steps between: small products take no longer than a few.
+            at, width, k = rows.data_ptr(), packed.width, self.inputs
+            place, x_place = out.data_ptr(), x.data_ptr()
+            found = packed.compiled(
+                packed.plan, at, width, count, x_place, k, place, n, 0, 0, x_scale, x_zero
+            )
+        else:
+            found = check_and_write(packed, rows, x, out, x_scale, x_zero, given, made)
         self.seen.calls += 1
         self.verdict = found
         if found is not None:
             settle_rows(self, Call(x, rows, out, x_scale, x_zero, given, made), found)
         return out
-
-    def _room(self, count: int) -> torch.Tensor:
-        layer = self.packed.layer
-        dtype = torch.float32 if layer.out_scale is None else torch.uint8
-        return torch.empty(count, layer.outputs, dtype=dtype)
 
     def _fitting(self, x: torch.Tensor) -> torch.Tensor:
         if x.dtype is not torch.uint8 or x.dim() != 2 or x.shape[1] != self.inputs:

@@ -21,6 +21,7 @@ SCHEMES = ("exact", "mod127")
 PLACEMENTS = ("beside", "columns")
 _SCHEME_CODES = {("exact", "beside"): 0, ("exact", "columns"): 1, ("mod127", "columns"): 2}
 _MULTIPLE = 16
+_OPERATOR, _FLOAT = torch.ops.onednn.qlinear_pointwise.default, torch.float32
 _ONE, _NONE = torch.ones(1), torch.zeros(1, dtype=torch.int64)
 
 
@@ -38,7 +39,7 @@ class Packed:
         widest: the largest accumulator that any input can make; below 2^24 all are exact in float32.
         zeros, scales, shifts: what turns accumulators into results: int32, float32, float32, of shape (n,).
         held: further tensors that the plan points to.
-        plan: for the compiled pass, or None without it.
+        plan, compiled: of the compiled pass, and the pass itself; None without the extension.
     """
 
     layer: Quantised
@@ -54,6 +55,7 @@ class Packed:
     shifts: torch.Tensor
     held: tuple[torch.Tensor | None, ...]
     plan: Any
+    compiled: Any
 
     @property
     def matrix(self) -> torch.Tensor:
@@ -139,8 +141,10 @@ def _planned(
         )
     bound = widest(layer.weight if columns is None else torch.cat([layer.weight, columns]))
     held = (low, high)
+    compiled = None if native is None else native.gemm_rows
+    numbers = (shifted, scales, shifts)
     return Packed(
-        layer, scheme, placement, weight, width, sums, columns, bound, shifted, scales, shifts, held, plan
+        layer, scheme, placement, weight, width, sums, columns, bound, *numbers, held, plan, compiled
     )
 
 
@@ -156,9 +160,7 @@ def product(packed: Packed, x: torch.Tensor) -> torch.Tensor:
         >>> product(pack(layer), torch.tensor([[3, 4]], dtype=torch.uint8))
         tensor([[11.]])
     """
-    return torch.ops.onednn.qlinear_pointwise.default(
-        x, 1.0, 0, packed.weight, _ONE, _NONE, None, 1.0, 0, torch.float32, "none", [], ""
-    )
+    return _OPERATOR(x, 1.0, 0, packed.weight, _ONE, _NONE, None, 1.0, 0, _FLOAT, "none", [], "")
 
 
 def may_be_wide(packed: Packed) -> bool:

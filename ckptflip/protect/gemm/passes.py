@@ -10,7 +10,6 @@ import torch
 
 from ckptflip.protect.gemm.packing import Packed
 from ckptflip.protect.gemm.sums import EXACT, MODULUS
-from ckptflip.protect.native import kernels
 
 # Verdicts on a row: it holds; its sum is off; float32 rounds in it; its input is not what was made.
 HOLDS, FAULTY, WIDE, INPUT = range(4)
@@ -21,7 +20,6 @@ def check_and_write(
     rows: torch.Tensor,
     x: torch.Tensor,
     out: torch.Tensor,
-    *,
     x_scale: float = 0.0,
     x_zero: int = 0,
     given: torch.Tensor | None = None,
@@ -42,10 +40,9 @@ def check_and_write(
         None if all rows hold, or a verdict for each: HOLDS, FAULTY, WIDE or INPUT. Rows that do not hold
         are not written.
     """
-    native = kernels()
-    if native is None or packed.plan is None:
+    if packed.compiled is None:
         return _plainly(packed, rows, x, out, x_scale, x_zero, given, made)
-    found: bytes | None = native.gemm_rows(
+    found: bytes | None = packed.compiled(
         packed.plan,
         rows.data_ptr(),
         rows.stride(0),
