@@ -59,6 +59,7 @@ bench: $(VENV)/.test
 	$(BIN)/python benchmarks/tables.py
 	$(BIN)/python benchmarks/dlrm.py
 	$(BIN)/python benchmarks/seal.py
+	$(BIN)/python benchmarks/abft_gemm.py
 
 # Runs the small variants of both published studies (each some 20 minutes on two quiet cores) and writes
 # docs/results.md and docs/results-recsys.md.

@@ -1,19 +1,20 @@
-"""Checked int8 products beside the stock operator on 28 shapes of DLRM: time, faults found, false alarms.
+"""Checked int8 products on 28 shapes of DLRM, beside the stock operator: time, faults, false alarms.
 
-    python benchmarks/abft_gemm.py [--rounds N] [--faults N] [--rows N] [--output benchmarks/results/abft_gemm.md]
+    python benchmarks/abft_gemm.py [--rounds N] [--faults N] [--rows N] [--output FILE.md]
 
-One thread. Each round calls every way once, in random order, on codes that differ from call to call; medians.
-The stock way is a module that calls `torch.ops.onednn.qlinear_pointwise` on a prepacked weight, with a scale for
-each output, a zero point and a bias; ours are `QuantisedLinear`s, which give the same bits. "Bare" is the same
-operator with one scale, no zero point and no bias, against ours for the same layer.
+One thread. Each round calls every way once, in random order, on codes that differ from call to call. Stock
+is a module that calls `torch.ops.onednn.qlinear_pointwise` on a prepacked weight, with a scale for each
+output, a zero point and a bias; ours are `QuantisedLinear`s, which give the same bits. "Bare" is the operator
+with one scale, no zero point and no bias, against ours for the same layer.
 
-To reach: every effective flip of B and C found by the exact scheme, more than 99 % by mod 127, no false alarm in
-a million rows; in total at most 5 % more time, in the median 6 %, nowhere more than 20 %.
+To reach: every effective flip of B and C found by the exact scheme, more than 99 % by mod 127, no false alarm
+in a million rows; in total at most 5 % more time, in the median 6 %, nowhere more than 20 %.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import time
 from collections import defaultdict
@@ -220,17 +221,27 @@ def main() -> None:
     parser.add_argument("--faults", type=int, default=100, help="for each shape, kind and check")
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--times", type=Path, help="a file that keeps the times, to measure them apart")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    times = {}
-    for shape in SHAPES:
+    times = _kept(arguments.times)
+    for shape in () if times else SHAPES:
         times[shape] = timed(shape, arguments.rounds)
         print(shape, {name: round(value, 1) for name, value in times[shape].items()}, flush=True)
+    if arguments.times is not None:
+        arguments.times.write_text(json.dumps([[list(shape), found] for shape, found in times.items()]))
     lines = [*heading(arguments), "", "## Time", "", *timing_report(times), "", *FAULTS]
     lines += [*fault_report(arguments.faults), "", *ALARMS, *alarm_report(arguments.rows)]
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text("\n".join(lines) + "\n", "utf-8")
     print(arguments.output)
+
+
+def _kept(path: Path | None) -> dict[tuple[int, int, int], dict[str, float]]:
+    """Times that were measured before, if there are any."""
+    if path is None or not path.exists():
+        return {}
+    return {tuple(shape): found for shape, found in json.loads(path.read_text())}
 
 
 def heading(arguments: argparse.Namespace) -> list[str]:
@@ -241,26 +252,29 @@ def heading(arguments: argparse.Namespace) -> list[str]:
         "# Checked int8 products beside the stock operator",
         "",
         f"Made by `python benchmarks/abft_gemm.py` on {machine(torch=torch.__version__)}; {passes}.",
-        f"One thread; {arguments.rounds} rounds per shape, every way once in each, in random order; medians. The",
-        "28 shapes (m, n, k) are those of DLRM's layers in arXiv 2103.00130. Stock: a module that calls oneDNN's",
-        "prepacked int8 operator, with a scale for each output, a zero point and a bias. All ways but those marked",
-        "eager give its results bit for bit. Bare: the same operator with one scale, no zero point and no bias, for",
-        "which ours has no work to take over. Eager check: one more column modulo 127, checked and scaled by plain",
-        "operators. Twice: the stock module run again, its weight then in the cache, and compared.",
+        f"One thread; {arguments.rounds} rounds per shape, every way once in each, in random order; medians.",
+        "The 28 shapes (m, n, k) are those of DLRM's layers in arXiv 2103.00130. Stock: a module that",
+        "calls oneDNN's prepacked int8 operator, with a scale for each output, a zero point and a bias.",
+        "All ways but the eager one give its results bit for bit. Bare: the same operator with one scale,",
+        "no zero point and no bias, for which ours has no work to take over. Eager check: one more column",
+        "modulo 127, checked and scaled by plain operators. Twice: the stock module run again, its weight",
+        "then in the cache, and compared.",
         "",
-        "To reach: in total at most +5 %, in the median +6 %, no shape above +20 %; 100 % of the effective flips in",
-        "B and C with the exact scheme, more than 99 % with mod 127; no false alarm in a million rows.",
+        "To reach: in total at most +5 %, in the median +6 %, no shape above +20 %; 100 % of the",
+        "effective flips in B and C with the exact scheme, more than 99 % with mod 127; no false alarm in",
+        "a million rows.",
     ]
 
 
 FAULTS = [
     "## Faults",
     "",
-    "One random bit in each call: of B (the packed weight, 8 bits, columns of the checksum included), of C (an",
-    "accumulator, a 32-bit integer in two's complement, rounded to float32 as the operator does), of A (a code",
-    "of the input, after it was made and before the product). Effective: some number that the result or its",
-    "check reads has changed. Wrong verdicts: calls with a row whose verdict is not the truth. A flip of A is",
-    "outside every checksum of B; digests, the sums of A's rows as the layer before made them, find it.",
+    "One random bit in each call: of B (the packed weight, 8 bits, columns of the checksum included),",
+    "of C (an accumulator, a 32-bit integer in two's complement, rounded to float32 as the operator",
+    "does), of A (a code of the input, after it was made and before the product). Effective: a number",
+    "that the result or its check reads has changed. Wrong verdicts: calls with a row whose verdict",
+    "is not the truth. A flip of A is outside every checksum of B; digests, the sums of A's rows as",
+    "the layer before made them, find it.",
     "",
 ]
 ALARMS = ["## False alarms", ""]

@@ -98,7 +98,7 @@ def in_accumulators(checked: Checked, m: int, faults: int, random: np.random.Gen
 
 
 def in_input(checked: Checked, m: int, faults: int, digests: bool, random: np.random.Generator) -> Found:
-    """One bit of A in each call, after it was made; with the sums of its rows as they were made, or without."""
+    """One bit of A in each call, after it was made; with digests of its rows, or without."""
     found = Found()
     for seed in range(faults):
         x = codes(m, checked.packed.layer.inputs, random)
@@ -126,7 +126,7 @@ def campaign(shape: tuple[int, int, int], faults: int) -> Iterator[tuple[str, st
 
 
 def false_alarms(shape: tuple[int, int, int], rows: int) -> Iterator[tuple[str, int, int]]:
-    """Sound rows, and those that were taken for faulty: check, rows, alarms. One row in eight is mostly zeros."""
+    """Sound rows, and those taken for faulty: check, rows, alarms. One row in eight is mostly zeros."""
     _, n, k = shape
     for name, (scheme, placement) in CHECKS.items():
         random = np.random.default_rng([n, k])
