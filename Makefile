@@ -58,6 +58,9 @@ bench: $(VENV)/.test
 	$(BIN)/python benchmarks/live.py
 	$(BIN)/python benchmarks/tables.py
 	$(BIN)/python benchmarks/dlrm.py
+	$(BIN)/python benchmarks/clipping.py
+	$(BIN)/python benchmarks/clipping_recovery.py
+	$(BIN)/python benchmarks/bit_protection.py
 	$(BIN)/python benchmarks/seal.py
 	$(BIN)/python benchmarks/abft_gemm.py
 

@@ -28,8 +28,8 @@ def calibrate(
     rule: str = "range",
     margin: float = 0.0,
     layers: Any = None,
-    outside: str = "mean",
-    nan: str = "mean",
+    outside: str = "zero",
+    nan: str = "zero",
 ) -> Bounds:
     """Learn bounds of a clean model's layers from clean data.
 
