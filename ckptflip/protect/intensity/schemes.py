@@ -21,7 +21,7 @@ from torch.nn.functional import linear
 
 from ckptflip.errors import UsageError
 from ckptflip.protect.gemm.floats import detectable
-from ckptflip.protect.intensity import judging
+from ckptflip.protect.intensity import judging, triton_schemes
 from ckptflip.protect.intensity.judging import SOUND, Judgement
 from ckptflip.protect.intensity.roofline import Shape
 from ckptflip.protect.intensity.weights import Weights
@@ -101,6 +101,8 @@ class Summed:
             found = judge(weights, x, out)
             return out, not (found.faulty or found.unchecked)
 
+        if weights.weight.is_cuda and self.name == "global" and not triton_schemes.unfit(weights):
+            return triton_schemes.total(weights)
         if weights.fast is None:
             return plain
         address, kernel = weights.fast.address, getattr(kernels(), self._kernel)
@@ -180,7 +182,7 @@ class Replicated:
 
 
 class Tiled:
-    """A compiled product of ours whose tiles are summed in registers; float32 on the CPU, one thread.
+    """A product of ours whose tiles are summed in registers: compiled for float32 on the CPU, Triton on GPUs.
 
     Its results differ from PyTorch's in their last bits: sums run in another order.
     """
@@ -188,11 +190,15 @@ class Tiled:
     name = "tile"
 
     def unfit(self, weights: Weights) -> str:
+        if weights.weight.is_cuda:
+            return triton_schemes.unfit(weights)
         if weights.fast is not None:
             return ""
         return why_not() if kernels() is None else "the compiled product is for float32 on the CPU"
 
     def prepare(self, weights: Weights) -> Run:
+        if weights.weight.is_cuda and not triton_schemes.unfit(weights):
+            return triton_schemes.tile(weights)
         if weights.fast is None:
             raise UsageError(f"the tile scheme cannot check this layer: {self.unfit(weights)}")
         address, kernel = weights.fast.address, kernels().linear_tiles  # type: ignore[union-attr]
