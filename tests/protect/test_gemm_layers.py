@@ -222,3 +222,35 @@ def test_without_the_extension_a_model_is_protected_all_the_same(monkeypatch):
     monkeypatch.setenv("CKPTFLIP_NATIVE", "0")
     said = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True).stdout
     assert said.startswith("Detections(calls=1, faulty=0") and said.endswith("None\n")
+
+
+def test_numbers_that_no_product_covers_are_verified_in_memory(x):
+    for name in ("scales", "shifts"):
+        layer = ProtectedLinear(quantise(torch.nn.Linear(20, 4)))
+        layer.verify()
+        flipped(getattr(layer.checked.packed, name), name, Policy(), seed=1)
+        layer(x)
+        with pytest.raises(DetectedError, match="in memory changed"):
+            layer.verify()
+    layer = ProtectedLinear(quantise(torch.nn.Linear(20, 4)))
+    flipped(layer.checked.packed.layer.weight_scale, "scale", Policy(), seed=1)
+    with pytest.raises(DetectedError, match="in memory changed"):
+        layer.verify()
+
+
+def test_a_processor_that_saturates_gets_weights_that_fit(monkeypatch):
+    """oneDNN is told to use AVX2 alone, which adds products of 8 bits in 16."""
+    asked = (
+        "import torch; from ckptflip.protect.gemm.processor import saturates; "
+        "from ckptflip.protect.gemm.conversion import protect; torch.manual_seed(0); "
+        "from ckptflip.protect.gemm.packing import pack; "
+        "from ckptflip.protect.gemm.quantised import Quantised; "
+        "c = protect(torch.nn.Linear(300, 30)); c.model(torch.rand(50, 300)); "
+        "print(saturates(), c.detections().faulty); "
+        "pack(Quantised(torch.full((4, 4), 65, dtype=torch.int8), torch.ones(1)))"
+    )
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    done = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True)
+    if not done.stdout.startswith("True"):
+        pytest.skip("oneDNN multiplies exactly here whatever it is told")
+    assert done.stdout == "True 0\n" and "from -64 to 64" in done.stderr

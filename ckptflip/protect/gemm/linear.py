@@ -11,14 +11,18 @@ from typing import Any
 
 import torch
 
-from ckptflip.errors import UsageError
+from ckptflip.errors import DetectedError, UsageError
 from ckptflip.protect.detection import Detections
 from ckptflip.protect.gemm.checked import Checked
-from ckptflip.protect.gemm.packing import pack
+from ckptflip.protect.gemm.packing import Packed, pack
 from ckptflip.protect.gemm.quantised import Quantised, codes_of, range_of
 from ckptflip.protect.gemm.saved import read_numbers, saved_numbers
 
 _DIGEST = "_ckptflip_row_sums"
+
+
+def _crc(packed: Packed) -> int:
+    return int(saved_numbers(packed.layer, packed.sums)["crc32"])
 
 
 class _Protected(torch.nn.Module):  # type: ignore[misc]
@@ -33,7 +37,25 @@ class _Protected(torch.nn.Module):  # type: ignore[misc]
         packed = pack(layer, scheme=scheme, placement=placement)
         self.checked = Checked(packed, on_error=on_error, name=name)
         self.in_features, self.out_features = layer.inputs, layer.outputs
+        self._crc = _crc(packed)
         self.eval()
+
+    def verify(self) -> None:
+        """Check the numbers in memory that no checksum of the product covers: scales, biases, codes, sums.
+
+        The product's check covers the packed weight and is not repeated here. Call it between batches, as
+        often as such faults are to be found.
+
+        Raises:
+            DetectedError: a number has changed since the layer was made or loaded.
+        """
+        packed = self.checked.packed
+        fresh = pack(packed.layer, scheme=packed.scheme, placement=packed.placement)
+        pairs = zip(packed.constants, fresh.constants, strict=True)
+        if _crc(packed) != self._crc or not all(a is b or torch.equal(a, b) for a, b in pairs):
+            raise DetectedError(
+                f"{self.checked.name}: its numbers in memory changed since it was made: load them again"
+            )
 
     @property
     def detections(self) -> Detections:
@@ -92,6 +114,7 @@ class _Protected(torch.nn.Module):  # type: ignore[misc]
             return
         packed = pack(layer, scheme=old.scheme, placement=old.placement)
         self.checked = Checked(packed, on_error=self.checked.on_error, name=self.checked.name)
+        self._crc = _crc(packed)
 
 
 class QuantisedLinear(_Protected):

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ckptflip.errors import UsageError
+from ckptflip.protect.gemm.processor import SAFE, saturates
 from ckptflip.protect.gemm.quantised import Quantised
 from ckptflip.protect.gemm.sums import EXACT, digits, halves, residues, row_sums, widest
 from ckptflip.protect.native import kernels
@@ -58,6 +59,11 @@ class Packed:
     compiled: Any
 
     @property
+    def constants(self) -> tuple[torch.Tensor | None, ...]:
+        """The numbers that the pass reads, apart from accumulators and codes."""
+        return (self.zeros, self.scales, self.shifts, *self.held)
+
+    @property
     def matrix(self) -> torch.Tensor:
         """What was packed, int8 of shape (width, k): the weight, and below it the columns of the checksum."""
         return _matrix(self.layer.weight, self.columns, self.width)
@@ -72,7 +78,8 @@ def pack(layer: Quantised, *, scheme: str = "exact", placement: str | None = Non
         placement: of the checksum, `beside` or `columns`; None: beside for `exact`, columns for `mod127`.
 
     Raises:
-        UsageError: there is no such scheme or placement, or not together.
+        UsageError: there is no such scheme or placement, or not together; or this processor would compute
+            a wrong product of these weights (see `processor`).
 
     Example:
         >>> layer = Quantised(torch.ones(20, 8, dtype=torch.int8), torch.ones(1))
@@ -90,8 +97,21 @@ def pack(layer: Quantised, *, scheme: str = "exact", placement: str | None = Non
     if placement == "columns":
         columns = residues(sums) if scheme == "mod127" else digits(sums)
         width = -(-(width + len(columns)) // _MULTIPLE) * _MULTIPLE
-    weight = torch.ops.onednn.qlinear_prepack(_matrix(layer.weight, columns, width), [1, layer.inputs])
+    matrix = _matrix(layer.weight, columns, width)
+    _fitting(matrix, placement)
+    weight = torch.ops.onednn.qlinear_prepack(matrix, [1, layer.inputs])
     return _planned(layer, scheme, placement, weight, width, sums, columns)
+
+
+def _fitting(matrix: torch.Tensor, placement: str) -> None:
+    """Raise where this processor would compute a wrong product of these numbers."""
+    low, high = (int(bound) for bound in torch.aminmax(matrix))
+    if saturates() and not -SAFE <= low <= high <= SAFE:
+        remedy = "placement='beside', or " if placement == "columns" else ""
+        raise UsageError(
+            f"this processor adds products of 8 bits in 16, too narrow for weights from {low} to {high}: "
+            f"use {remedy}weights from -{SAFE} to {SAFE} (quantise() makes such ones here)"
+        )
 
 
 def _matrix(weight: torch.Tensor, columns: torch.Tensor | None, width: int) -> torch.Tensor:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ckptflip.errors import UsageError
+from ckptflip.protect.gemm.processor import SAFE, saturates
 from ckptflip.protect.native import kernels
 
 
@@ -71,7 +72,7 @@ class Quantised:
 
 
 def quantise(linear: torch.nn.Linear, *, per_channel: bool = True) -> Quantised:
-    """A float layer's weight in symmetric codes of 8 bits, -127 to 127.
+    """A float layer's weight in symmetric codes: -127 to 127, or -64 to 64 where the processor needs it.
 
     Args:
         linear: with a weight of finite floats.
@@ -82,16 +83,17 @@ def quantise(linear: torch.nn.Linear, *, per_channel: bool = True) -> Quantised:
 
     Example:
         >>> layer = quantise(torch.nn.Linear(4, 2))
-        >>> layer.weight.dtype, int(layer.weight.abs().max())
-        (torch.int8, 127)
+        >>> layer.weight.dtype, int(layer.weight.abs().max()) in (64, 127)
+        (torch.int8, True)
     """
     weight = linear.weight.detach().float()
     if not bool(torch.isfinite(weight).all()):
         raise UsageError("a weight with NaN or infinity cannot be quantised: ckptflip scan names the tensors")
     peak = weight.abs().amax(1, keepdim=True) if per_channel else weight.abs().max().reshape(1, 1)
     # A scale below the smallest normal number would make codes of a weight of zeros undefined.
-    scale = (peak / 127).clamp(min=torch.finfo(torch.float32).tiny)
-    codes = torch.round(weight / scale).clamp(-127, 127).to(torch.int8)
+    widest = SAFE if saturates() else 127
+    scale = (peak / widest).clamp(min=torch.finfo(torch.float32).tiny)
+    codes = torch.round(weight / scale).clamp(-widest, widest).to(torch.int8)
     bias = None if linear.bias is None else linear.bias.detach().float().clone()
     return Quantised(codes, scale.reshape(-1), bias)
 
