@@ -17,6 +17,7 @@ from pathlib import Path
 
 from ckptflip.campaign.store import reading
 from ckptflip.errors import CkptflipError
+from ckptflip.report.campaign.words import many
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
@@ -136,7 +137,7 @@ def _runs(studies: Sequence[Study], stores: Path) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in revision.versions.items())
     machine = revision.machine
     return "\n".join([
-        f"**The runs**: {done} trials in {len(studies)} campaigns"
+        f"**The runs**: {done} trials in {many(len(studies), 'campaign')}"
         f"{f', {failed} more failed' if failed else ''}. "
         f"{machine.get('processor')}, {machine.get('cores')} cores, "
         f"{machine.get('memory', 0) / 2**30:.0f} GiB, {machine.get('system')}; {versions}. "

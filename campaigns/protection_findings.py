@@ -8,6 +8,8 @@ from ckptflip.campaign.statistics import holm
 from ckptflip.report.campaign.words import listed, many, percent
 
 LEVEL = 0.05
+# The least change of a metric that the tables show.
+SEEN = 5e-5
 PUBLISHED, OURS = "clip-100", "clip-range"
 
 
@@ -27,7 +29,7 @@ def _noticed(study: Study) -> str:
     order = sorted(told, key=lambda name: -told[name].share)
     parts = [f"`{name}` {percent(told[name].share)}" for name in order]
     trials = many(told[order[0]].trials, "trial")
-    return f"Of {trials} whose faults changed an output, {listed(parts)} were noticed."
+    return f"Of {trials} whose faults changed an output, these shares were noticed: {listed(parts)}."
 
 
 def _silent(study: Study) -> str:
@@ -49,7 +51,7 @@ def _recovered(study: Study) -> str:
     if not parts:
         return ""
     lost = f"Of the {study.metric} that the bare models lost, summed over all cells"
-    return f"{lost}, {listed(parts)} were recovered."
+    return f"{lost}, these shares were recovered: {listed(parts)}."
 
 
 def _clipping(study: Study) -> str:
@@ -74,12 +76,12 @@ def _clean(study: Study) -> str:
     parts = []
     for name in study.survivors:
         lost = [float(c.lost(name, study.chance).mean()) for c in study.controls if name in c.left]
-        if name != BARE and lost and max(abs(each) for each in lost) > 0:
+        if name != BARE and lost and max(abs(each) for each in lost) >= SEEN:
             parts.append(f"`{name}` {places(max(lost, key=abs))}")
     if not parts:
-        return f"On models without a fault no contender changes the {study.metric}."
+        return f"On models without a fault no contender changes the mean {study.metric} by {SEEN:g} or more."
     falls = f"On models without a fault the mean {study.metric} falls by {listed(parts)}"
-    return f"{falls}; all others leave it as it is."
+    return f"{falls}; of all others by less than {SEEN:g}."
 
 
 def _name(study: Study, line: Line) -> str:

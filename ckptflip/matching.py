@@ -82,8 +82,8 @@ def neither(current: NDArray[np.uint64], plan: Plan) -> NDArray[np.bool_]:
     if not foreign.any():
         return foreign
     now, before, after = (words.view(np.uint8) for words in (current, plan.before, plan.after))
-    parts: NDArray[np.bool_] = ((now != before) & (now != after)).reshape(-1, 8)
-    return np.logical_or.reduce(parts, axis=1)
+    odd: NDArray[np.bool_] = ((now != before) & (now != after)).reshape(-1, 8).any(axis=1)
+    return odd
 
 
 def refusal(target: Checkpoint, plan: Plan, current: NDArray[np.uint64], foreign: NDArray[np.bool_]) -> str:

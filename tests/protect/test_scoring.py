@@ -75,6 +75,20 @@ def test_an_evaluation_leaves_the_model_as_it_was(clean, tmp_path):
     assert str(workload.evaluate()) == str(first)
 
 
+def test_a_model_that_is_started_anew_is_prepared_anew(clean, tmp_path):
+    """A worker starts several clean runs before it measures trials."""
+    out = tmp_path / "faulty.h5"
+    ckptflip.inject(clean, out=out, roles="model", bits="critical", count=10, seed=3)
+    workload = scored(model="digits-mlp", trained=1)
+    for seed in (1, 2):
+        workload.start(seed)
+        workload.evaluate()
+    workload.load(out)
+    found = workload.evaluate()
+    assert found["corrected/secded"] == found["corrected/tmr"] == 10
+    assert found == measured(out)
+
+
 def test_a_hit_clean_copy_is_refused(clean, tmp_path):
     out = tmp_path / "faulty.h5"
     ckptflip.inject(clean, out=out, tensors="clean", count=1, seed=1)

@@ -82,6 +82,7 @@ class ScoredWorkload:
 
     def start(self, seed: int) -> None:
         """Train the model from a seed >= 0, and keep a clean copy."""
+        self._known.clear()  # what was prepared holds on to the model that is replaced here
         self._trained.start(seed)
         for _ in range(self._epochs):
             self._trained.train_epoch()
