@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ckptflip.errors import DetectedError, UsageError
-from ckptflip.protect.intensity import SCHEMES, CheckedLinear, protect, times
+from ckptflip.protect.intensity import SCHEMES, CheckedLinear, confirming, protect, times
+from ckptflip.protect.intensity import model as model_module
 from ckptflip.protect.intensity.calibration import BUCKETS, bucket, timed
 from ckptflip.protect.intensity.choice import TIE, Choice, cheapest
 from ckptflip.protect.intensity.roofline import Balance, Shape, measured_balance
@@ -35,6 +36,7 @@ def told(monkeypatch, tmp_path):
 
         monkeypatch.setattr(times, "measured", measured)
         monkeypatch.setattr(times, "measured_balance", lambda device, dtype: BALANCE)
+        monkeypatch.setattr(model_module, "better", lambda *arguments: None)
         return tmp_path
 
     return tell
@@ -68,7 +70,7 @@ def test_a_model_is_protected_by_real_measurement(tmp_path):
         assert set(choice.seconds) == {"none", "global", "row", "replication"} | (
             {"tile"} if kernels() else set()
         )
-        assert choice.scheme == cheapest(choice.seconds)
+        assert cheapest(choice.seconds) == (choice.alone or choice.scheme)
     with torch.no_grad():
         assert torch.allclose(protected.model(x), model(x), atol=1e-5)
     assert (protected.detections().calls, protected.detections().faulty) == (3, 0)
@@ -119,9 +121,23 @@ def test_the_table_says_what_was_chosen_and_why(told):
 
 
 def test_memory_bound_layers_are_called_so():
-    choice = Choice("fc", Shape(1, 512, 512), "row", {"none": 1.0, "row": 1.1}, BALANCE)
+    choice = Choice("fc", "fc", Shape(1, 512, 512), "row", {"none": 1.0, "row": 1.1}, BALANCE)
     assert choice.reason.startswith("0.498 FLOP/B, device 10: bound by memory; row: ")
     assert choice.overhead("row") == pytest.approx(0.1) and choice.overhead("tile") is None
+
+
+def test_one_scheme_for_all_is_taken_where_the_whole_model_is_faster(told, monkeypatch):
+    folder = told(lambda rows: {"none": 1.0, "global": 1.1, "row": 1.2, "replication": 2.0})
+    monkeypatch.setattr(model_module, "better", confirming.better)
+    for whole, expected in ({"": 1.0, "row": 0.98}, "row"), ({"": 1.0, "row": 0.995}, "global"):
+        monkeypatch.setattr(
+            confirming, "timed", lambda calls, device, whole=whole: {n: whole.get(n, 3.0) for n in calls}
+        )
+        protected = protect(mlp(4, 3, 2), torch.rand(8, 4), batches=(8, 16), cache_folder=folder)
+        assert {choice.scheme for choice in protected.choices} == {expected}
+        assert protected.model[0].scheme_for(8) == expected
+    protected = protect(mlp(4, 3), torch.rand(8, 4), confirm=False, cache_folder=folder)
+    assert protected.choices[0].scheme == "global"
 
 
 def test_only_the_schemes_asked_for_are_chosen_from(told):

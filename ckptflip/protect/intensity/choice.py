@@ -22,18 +22,22 @@ class Choice:
     """What was chosen for a layer and a number of rows.
 
     Attributes:
-        layer: its name in the model.
+        layer: its name.
+        module: its name in the model, empty where it is the model.
         shape: of its product.
         scheme: the cheapest.
         seconds: per call as measured, by scheme, `none` among them.
         balance: of the device.
+        alone: what is cheaper for the layer by itself, where the whole model decided otherwise; else empty.
     """
 
     layer: str
+    module: str
     shape: Shape
     scheme: str
     seconds: dict[str, float]
     balance: Balance
+    alone: str = ""
 
     def overhead(self, scheme: str) -> float | None:
         """Time beyond that of the unchecked layer, as a part of it; None for a scheme that was not measured.
@@ -50,6 +54,8 @@ class Choice:
         own, device = self.shape.intensity, self.balance.intensity
         side = "memory" if own < device else "arithmetic"
         first = f"{own:.3g} FLOP/B, device {device:.3g}: bound by {side}; {self.scheme}: {_WHY[self.scheme]}"
+        if self.alone:
+            return f"{first}; cheapest in all layers together, {self.alone} in this one alone"
         others = [name for name in self.seconds if name not in ("none", self.scheme)]
         if not others:
             return first

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from ckptflip.errors import UsageError
 from ckptflip.protect.detection import Detections, policy
 from ckptflip.protect.intensity.calibration import BUCKETS, bucket
 from ckptflip.protect.intensity.choice import Choice, cheapest
+from ckptflip.protect.intensity.confirming import batch_of, better, builder
 from ckptflip.protect.intensity.layer import CheckedLinear
 from ckptflip.protect.intensity.roofline import Shape
 from ckptflip.protect.intensity.schemes import Scheme, chosen
@@ -72,6 +73,7 @@ def protect(
     schemes: Sequence[str] | None = None,
     on_error: str = "raise",
     remeasure: bool = False,
+    confirm: bool = True,
     cache_folder: str | Path | None = None,
 ) -> Protected:
     """Give every linear layer of a model the cheapest check for its shape, batch, dtype, threads and device.
@@ -88,6 +90,8 @@ def protect(
         schemes: which to choose from: `global`, `row`, `tile`, `replication`; by default all that can run.
         on_error: `raise`, `count` or `recompute`.
         remeasure: measure anew what is in the cache.
+        confirm: measure the choice in the whole model too, and take one scheme for all layers where that is
+            cheaper there.
         cache_folder: where measured times are kept; by default in the user's cache folder.
 
     Raises:
@@ -112,16 +116,31 @@ def protect(
     rows = _rows(model, arguments)
     protected = copy.deepcopy(model).eval()
     times, choices = Times(remeasure, None if cache_folder is None else Path(cache_folder)), []
+    for size in sorted(set(sizes)):
+        layers = {name: protected.get_submodule(name) for name in rows}
+        made = [
+            _choice(name, layer, bucket(max(1, rows[name] * size // given)), times, asked)
+            for name, layer in layers.items()
+        ]
+        choices += _confirmed(protected, made, batch_of(arguments, given, size)) if confirm else made
+    times.keep()
+    choices = list({(choice.module, choice.shape.rows): choice for choice in choices}.values())
     for name in rows:
+        own = [choice for choice in choices if choice.layer == (name or "linear")]
+        by_bucket = {size: _nearest(own, size).scheme for size in BUCKETS}
         layer = protected.get_submodule(name)
-        buckets = sorted({bucket(rows[name] * size // given) for size in sizes})
-        made = [_choice(name, layer, m, times, asked) for m in buckets]
-        by_bucket = {size: _nearest(made, size).scheme for size in BUCKETS}
         checked = CheckedLinear(layer, by_bucket, on_error=on_error, name=name or "linear")
         protected = _replaced(protected, layer, checked)
-        choices += made
-    times.keep()
-    return Protected(protected, choices)
+    return Protected(protected, sorted(choices, key=lambda choice: list(rows).index(choice.module)))
+
+
+def _confirmed(model: torch.nn.Module, made: list[Choice], arguments: tuple[Any, ...]) -> list[Choice]:
+    """The choices for a batch, or one scheme for all where that is cheaper in the whole model."""
+    schemes = set.intersection(*(set(choice.seconds) for choice in made)) - {"none"}
+    device = next(model.parameters()).device
+    chosen_now = {choice.module: choice.scheme for choice in made}
+    found = better(builder(model, _replaced), chosen_now, tuple(sorted(schemes)), arguments, device)
+    return made if found is None else [replace(choice, scheme=found, alone=choice.scheme) for choice in made]
 
 
 def _batch(arguments: tuple[Any, ...]) -> int:
@@ -166,7 +185,7 @@ def _choice(name: str, layer: Any, rows: int, times: Times, asked: tuple[Scheme,
         raise UsageError(f"layer {name or 'linear'}: none of the schemes asked for can check it: {why}")
     n, k = layer.weight.shape
     shape = Shape(rows, n, k, layer.weight.element_size())
-    return Choice(name or "linear", shape, cheapest(seconds), seconds, times.balance(layer.weight))
+    return Choice(name or "linear", name, shape, cheapest(seconds), seconds, times.balance(layer.weight))
 
 
 def _nearest(choices: list[Choice], rows: int) -> Choice:
