@@ -1,7 +1,7 @@
 """The choice once more in the whole model, where layers push each other's weights from the caches.
 
-What is cheapest for a layer alone may not be so among others. A scheme that is cheaper everywhere than the choice
-is taken instead.
+What is cheapest for a layer alone may not be so among others. A scheme that is cheaper in all of them than
+the choice is taken instead.
 """
 
 from __future__ import annotations
