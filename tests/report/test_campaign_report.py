@@ -259,6 +259,20 @@ def test_cells_of_earlier_revisions_are_left_out_and_counted(tmp_path):
     assert "ckptflip run e4.toml --extend" in said
 
 
+@pytest.mark.parametrize("numbers", [(0, 2), (0,), (0, 1, 2)])
+def test_a_shard_says_that_it_is_one_and_whether_all_of_it_is_there(tmp_path, numbers):
+    with writing(tmp_path / "runs.db") as writer:
+        writer.revise(stores.spec(), "abc", "ckptflip run e.toml --store runs.db --shard 1/2", {}, {})
+        writer.put_cells([stores.cell("a", 0, "1 flip", wanted=4)])
+        stores.clean_runs(writer)
+        for number in numbers:
+            writer.put_trial(stores.trial(number, "masked", [0.9] * 11, recovered=0), ATTEMPT)
+    said = text(page(write(tmp_path / "runs.db", tmp_path / "report")))
+    if numbers == (0, 2):
+        assert "This is shard 1/2, all of it: 2 trials of the campaign are those of the other shards" in said
+    assert ("The campaign is not finished" in said) is (numbers != (0, 2))
+
+
 def test_a_stop_rule_makes_the_intervals_wider(tmp_path):
     for name, trials in (("fixed", {"per_cell": 60}), ("rule", {"stop": {"half_width": 0.1, "at_most": 60}})):
         spec, cell = played_campaigns.made(**trials)
