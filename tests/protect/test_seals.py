@@ -522,3 +522,12 @@ class TestCommands:
         ckptflip.inject(path, in_place=True, count=400, seed=1)
         assert run(["repair", str(path)]) == 3
         assert not (tmp_path / "w.repaired.npy").exists()
+
+
+def test_a_checkpoint_saved_anew_is_one_range(tmp_path: Path) -> None:
+    """Whatever the groups: what is damaged from end to end is one line."""
+    original = folder_of(tmp_path / "c", [40 * BLOCK])
+    ckptflip.seal(original, repair=0.3)
+    (original / "part/0.bin").write_bytes(np.random.default_rng(9).bytes(40 * BLOCK))
+    found = ckptflip.verify(original)
+    assert [(d.what, d.start, d.end) for d in found.damage] == [("changed", 0, 40 * BLOCK)]

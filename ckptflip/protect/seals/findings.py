@@ -19,6 +19,9 @@ _MOST_FLIPS = 10_000
 # Flips in no tensor that are this near, in bits, are listed together.
 _NEAR = 64
 
+# File, first byte, end, bits that differ where that is known, mendable.
+_Range = tuple[int, int, int, "int | None", bool]
+
 
 class Damage(Struct, frozen=True, kw_only=True):
     """One thing that is not as it was sealed.
@@ -64,7 +67,7 @@ class Findings:
     def __init__(self, found: Checked) -> None:
         self._found = found
         self._flips: dict[int, list[NDArray[np.int64]]] = {}
-        self._ranges: list[tuple[int, int, int, int | None, bool]] = []
+        self._ranges: list[_Range] = []
         self._count = 0
         self.unmended: list[int] = []
 
@@ -77,7 +80,7 @@ class Findings:
         if start >= there:
             return  # told of the file as a whole
         if cell.good is None:
-            self._note(file, start, min(end, there), None, False)
+            self._ranges.append((file, start, min(end, there), None, False))
             return
         differs = (cell.now ^ cell.good)[: there - start]
         flipped = popcount(differs)
@@ -85,26 +88,11 @@ class Findings:
         if not flipped:
             return
         if flipped > _MOST_IN_CELL or self._count + flipped > _MOST_FLIPS:
-            self._note(file, start + int(at[0]), start + int(at[-1]) + 1, flipped, True)
+            self._ranges.append((file, start + int(at[0]), start + int(at[-1]) + 1, flipped, True))
             return
         self._count += flipped
         bits = np.flatnonzero(np.unpackbits(differs[at], bitorder="little"))
         self._flips.setdefault(file, []).append((start + at[bits >> 3]) * 8 + (bits & 7))
-
-    def _note(self, file: int, start: int, end: int, bits: int | None, mendable: bool) -> None:
-        """A range, together with one that it goes on from."""
-        if self._ranges:
-            last = self._ranges[-1]
-            if (
-                last[0] == file
-                and last[2] == start
-                and last[4] == mendable
-                and bits is None
-                and last[3] is None
-            ):
-                self._ranges[-1] = (file, last[1], end, None, mendable)
-                return
-        self._ranges.append((file, start, end, bits, mendable))
 
     def listed(self, names: Names | None, extra: Iterable[str]) -> list[Damage]:
         """Everything that was found, in the order of the files.
@@ -123,7 +111,7 @@ class Findings:
         for file, several in self._flips.items():
             for at in several:
                 rows += self._flips_of(file, names, at)
-        for file, start, end, bits, mendable in self._ranges:
+        for file, start, end, bits, mendable in _joined(self._ranges):
             parts = names.ranges(file, start, end)
             for low, high, tensor, part in parts:
                 rows.append(
@@ -195,6 +183,19 @@ class Findings:
         header = self._found.seal.header
         # A file on its own may have been renamed since.
         return self._found.paths[0].name if header.kind == "file" else header.files[file][0]
+
+
+def _joined(ranges: Sequence[_Range]) -> list[_Range]:
+    """Ranges in order; those of which no more is known, and that go on from each other, as one."""
+    found: list[_Range] = []
+    for each in sorted(ranges, key=lambda r: r[:2]):
+        file, start, end, bits, mendable = each
+        last = found[-1] if found else None
+        if last and bits is None and last == (file, last[1], start, None, mendable):
+            found[-1] = (file, last[1], end, None, mendable)
+        else:
+            found.append(each)
+    return found
 
 
 def _runs(bits: Sequence[int]) -> list[list[int]]:

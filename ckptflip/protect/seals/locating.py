@@ -36,7 +36,7 @@ class Effort:
     A search costs as much as digesting some bytes does. Single flips are looked for whatever is left.
     """
 
-    def __init__(self, left: int = 1 << 33) -> None:
+    def __init__(self, left: int = 1 << 31) -> None:
         self._left = left
 
     def spend(self, cost: int) -> bool:
@@ -73,7 +73,12 @@ def mended(
 
 def _candidates(size: int, change: int, offset: int, effort: Effort) -> Iterator[_Candidate]:
     """Damage that would change the CRC so, likeliest and cheapest first."""
-    yield from (_as_bytes(size, [one]) for one in np.flatnonzero(_flips(size) == np.uint32(change)).tolist())
+    order, ascending = _sorted_flips(size)
+    low, high = (
+        np.searchsorted(ascending, np.uint32(change)),
+        np.searchsorted(ascending, np.uint32(change), side="right"),
+    )
+    yield from (_as_bytes(size, [one]) for one in order[low:high].tolist())
     if not effort.spend(_SEARCH * size):
         return
     words = _words(size, change, offset)
@@ -121,7 +126,7 @@ def _flips(size: int) -> NDArray[np.uint32]:
     return crc.of_flips(_ALGORITHM, size).reshape(-1)
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=4)
 def _sorted_flips(size: int) -> tuple[NDArray[np.int64], NDArray[np.uint32]]:
     order = np.argsort(_flips(size))
     return order, _flips(size)[order]
