@@ -114,6 +114,11 @@ def test_what_is_not_taken_is_named_with_its_reason():
     assert (
         "reads its weight" in reasons["2.linear1"] and "reads its weight" in reasons["2.self_attn.out_proj"]
     )
+    hooked = perceptron()
+    hooked[0].register_forward_hook(lambda *_: None)
+    assert [(layer.name, layer.reason) for layer in protect(hooked).left] == [
+        ("0", "it has hooks, which would be lost")
+    ]
     with pytest.raises(UsageError, match="has no linear layer"):
         protect(torch.nn.ReLU())
     with pytest.raises(UsageError, match="NaN"):
@@ -193,6 +198,8 @@ def test_digests_find_what_changed_between_two_layers():
     with pytest.raises(DetectedError, match="changed after it was made"):
         two(codes)
     assert torch.equal(two(one(x)), sound)
+    with torch.inference_mode():
+        assert torch.equal(two(one(x)), sound)
     meant = one(x)
     meant += 1
     assert two(meant).shape == sound.shape

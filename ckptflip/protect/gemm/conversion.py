@@ -132,8 +132,13 @@ def _layers(model: torch.nn.Module) -> Iterator[tuple[str, tuple[Any, str]]]:
         if _reader(module) is not None or isinstance(module, torch.nn.Linear):
             kept = id(module) in readers
             subclass = isinstance(module, torch.nn.Linear) and type(module) is not torch.nn.Linear
-            reason = "the module around it reads its weight without calling it" if kept else ""
-            yield name, (module, reason or ("a subclass of Linear may do more" if subclass else ""))
+            hooked = bool(module._forward_hooks or module._forward_pre_hooks)
+            reasons = {
+                "the module around it reads its weight without calling it": kept,
+                "a subclass of Linear may do more": subclass,
+                "it has hooks, which would be lost": hooked,
+            }
+            yield name, (module, next((reason for reason, holds in reasons.items() if holds), ""))
         elif isinstance(module, Protected):
             yield name, (module, "it is protected already")
         elif getattr(module, "weight", None) is not None:

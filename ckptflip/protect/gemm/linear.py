@@ -21,6 +21,11 @@ from ckptflip.protect.gemm.saved import read_numbers, saved_numbers
 _DIGEST = "_ckptflip_row_sums"
 
 
+def _version(x: torch.Tensor) -> int:
+    """How often a tensor was changed in place; in inference mode nobody counts."""
+    return -1 if x.is_inference() else x._version
+
+
 def _crc(packed: Packed) -> int:
     return int(saved_numbers(packed.layer, packed.sums)["crc32"])
 
@@ -165,14 +170,14 @@ class QuantisedLinear(_Protected):
 
     def _with_digests(self, x: torch.Tensor) -> torch.Tensor:
         sums, version = getattr(x, _DIGEST, (None, 0))
-        given = sums if version == x._version else None
+        given = sums if version == _version(x) else None
         rows = x.numel() // self.in_features
         narrow = self.checked.packed.layer.out_scale is not None
         made = torch.empty(rows, dtype=torch.int32) if narrow else None
         out = self.checked.run(x.reshape(-1, self.in_features), given=given, made=made)
         out = out.reshape(*x.shape[:-1], self.out_features)
         if made is not None:
-            setattr(out, _DIGEST, (made, out._version))
+            setattr(out, _DIGEST, (made, _version(out)))
         return out
 
 
