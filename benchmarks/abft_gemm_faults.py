@@ -59,7 +59,7 @@ def codes(m: int, k: int, random: np.random.Generator, zeros: float = 0.0) -> to
 def in_weight(checked: Checked, m: int, faults: int, zeros: float, random: np.random.Generator) -> Found:
     """One bit of B in each call; columns of the checksum are part of it."""
     sound, found = checked.packed, Found()
-    used = used_columns(checked)
+    used = checked.packed.used
     for seed in range(faults):
         x = codes(m, sound.layer.inputs, random, zeros)
         clean = product(sound, x)[:, :used]
@@ -71,12 +71,6 @@ def in_weight(checked: Checked, m: int, faults: int, zeros: float, random: np.ra
     return found
 
 
-def used_columns(checked: Checked) -> int:
-    """Columns of the product that its result or its check reads; the rest only fills it up."""
-    columns = checked.packed.columns
-    return checked.packed.layer.outputs + (0 if columns is None else len(columns))
-
-
 def judged(checked: Checked, changed: torch.Tensor) -> tuple[bool, bool, bool]:
     """Whether a fault was effective, was found, and whether the verdict on any row was not the truth."""
     verdict = checked.verdict or bytes(len(changed))
@@ -86,13 +80,18 @@ def judged(checked: Checked, changed: torch.Tensor) -> tuple[bool, bool, bool]:
 
 def in_accumulators(checked: Checked, m: int, faults: int, random: np.random.Generator) -> Found:
     """One bit of C, of 32, in each call."""
-    found, used = Found(), used_columns(checked)
+    found, used = Found(), checked.packed.used
     for seed in range(faults):
         with accumulator_faults(checked, Policy(), seed=seed) as records:
             checked.run(codes(m, checked.packed.layer.inputs, random))
-        row, column = divmod(int(records[0].plan.word[0]), checked.packed.width)
+        plan = records[0].plan
+        row, column = divmod(int(plan.word[0]), checked.packed.width)
+        # Beyond 2^24, float32 may round a flip of a low bit away: then nothing has changed.
+        before, after = (
+            words.astype(np.uint32).view(np.int32).astype(np.float32) for words in (plan.before, plan.after)
+        )
         changed = torch.zeros(m, dtype=torch.bool)
-        changed[row] = column < used
+        changed[row] = bool(column < used and before[0] != after[0])
         found = found.plus(*judged(checked, changed))
     return found
 

@@ -47,11 +47,6 @@ def inputs(m, k, seed, value=None):
     return codes((m, k), seed + 1, value, 0, torch.uint8)
 
 
-def used(packed):
-    """Columns of a product that mean something; the rest fills it up to a multiple of 16."""
-    return packed.layer.outputs + (0 if packed.columns is None else len(packed.columns))
-
-
 def struck(packed, bits):
     """A layer with one flip in its weight, not in what fills it up."""
     found = (damaged(packed, Policy(bits=bits), seed=seed) for seed in range(100))
@@ -134,8 +129,26 @@ def test_faults_in_rows_that_float32_rounds_are_found(check, data):
     with weight_faults(checked, Policy(), seed=data.draw(st.integers(0, 10**6))) as record:
         assert float(product(checked.packed, x).abs().max()) >= EXACT
         checked.run(x)
-    read = int(record.plan.word[0]) // 1100 < used(checked.packed)
+    read = int(record.plan.word[0]) // 1100 < checked.packed.used
     assert checked.verdict == (bytes([FAULTY, FAULTY]) if read else None)
+
+
+@pytest.mark.parametrize("check", CHECKS[1:])
+@pytest.mark.parametrize("bit", range(32))
+def test_a_flip_of_a_checksum_that_is_wide_then_is_found(check, bit):
+    """The results would be right; the row did not hold all the same."""
+    checked = Checked(pack(Quantised(codes((8, 700), 1), torch.ones(1)), scheme=check[0], placement=check[1]))
+    x = inputs(2, 700, 2)
+
+    def flip(rows):
+        word = rows[1:2, 8].to(torch.int32)
+        word[0] ^= -(2**31) if bit == 31 else 1 << bit
+        rows[1, 8] = word.float()[0]
+
+    checked.between = flip
+    assert float(product(checked.packed, x).abs().max()) < EXACT
+    with pytest.raises(DetectedError, match="row 1"):
+        checked.run(x)
 
 
 @settings(max_examples=200)
@@ -150,7 +163,7 @@ def test_the_verdict_on_a_fault_in_the_weight_is_the_truth(shape, check, seed, z
     bad, record = damaged(packed, Policy(), seed=seed)
     assert record.bits_effective == 1
     change = product(bad, x).long() - product(packed, x).long()
-    read = used(packed)
+    read = packed.used
     powers = torch.ones(read, dtype=torch.int64)
     powers[n:] = -(256 ** torch.arange(read - n))
     off = change[:, :read] @ powers
@@ -170,7 +183,7 @@ def test_every_flip_of_an_accumulator_is_found_in_its_row(shape, check, seed, bi
     with accumulator_faults(checked, Policy(bits=str(bit)), seed=seed) as records:
         checked.run(inputs(m, k, seed))
     row, column = divmod(int(records[0].plan.word[0]), checked.packed.width)
-    hit = row if column < used(checked.packed) else -1
+    hit = row if column < checked.packed.used else -1
     assert (checked.verdict or bytes(m)) == bytes(FAULTY if i == hit else HOLDS for i in range(m))
 
 

@@ -59,6 +59,11 @@ class Packed:
     compiled: Any
 
     @property
+    def used(self) -> int:
+        """Columns of the product that mean something: n, and those of the checksum; the rest fills it up."""
+        return self.layer.outputs + (0 if self.columns is None else len(self.columns))
+
+    @property
     def constants(self) -> tuple[torch.Tensor | None, ...]:
         """The numbers that the pass reads, apart from accumulators and codes."""
         return (self.zeros, self.scales, self.shifts, *self.held)

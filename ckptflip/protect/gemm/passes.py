@@ -89,9 +89,8 @@ def residuals(packed: Packed, rows: torch.Tensor, x: torch.Tensor) -> torch.Tens
     total = wide[:, : packed.layer.outputs].sum(1)
     if packed.columns is None:
         return total - x.double() @ packed.sums.double()
-    end = packed.layer.outputs + len(packed.columns)
     powers = 256.0 ** torch.arange(len(packed.columns), dtype=torch.float64)
-    off = total - wide[:, packed.layer.outputs : end] @ powers
+    off = total - wide[:, packed.layer.outputs : packed.used] @ powers
     return torch.remainder(off, MODULUS) if packed.scheme == "mod127" else off
 
 
@@ -99,9 +98,8 @@ def judged(
     packed: Packed, rows: torch.Tensor, x: torch.Tensor, given: torch.Tensor | None = None
 ) -> torch.Tensor:
     """A verdict for each row: uint8 of shape (m,)."""
-    used = packed.layer.outputs + (0 if packed.columns is None else len(packed.columns))
     verdicts = torch.where(residuals(packed, rows, x) == 0, HOLDS, FAULTY).to(torch.uint8)
-    verdicts[~(rows[:, :used].abs().amax(1) < EXACT)] = WIDE
+    verdicts[~(rows[:, : packed.used].abs().amax(1) < EXACT)] = WIDE
     if given is not None:
         verdicts[(verdicts == HOLDS) & (x.sum(1, dtype=torch.int32) != given)] = INPUT
     return verdicts

@@ -113,8 +113,8 @@ def exact_rows(packed: Packed, x: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
 def _in_parts(checked: Checked, call: Call, wide: torch.Tensor) -> torch.Tensor:
     """The verdicts of rows that float32 may have rounded; those that hold are written."""
     exact, holds = exact_rows(checked.packed, call.x[wide])
-    n = checked.packed.layer.outputs
-    holds &= (exact[:, :n].float() == call.rows[wide][:, :n]).all(1)
+    used = checked.packed.used
+    holds &= (exact[:, :used].float() == call.rows[wide][:, :used]).all(1)
     sound = wide.clone()
     sound[wide] = holds
     _write(checked, call, sound, exact[holds])
