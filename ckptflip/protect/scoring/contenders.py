@@ -17,7 +17,7 @@ CONTENDERS: tuple[Contender, ...] = (
     ),
     Clipping(
         "clip-range",
-        "clipping to what each layer gave on clean data; what lies beyond becomes its mean",
+        "clipping to what each layer gave on clean data; what lies beyond becomes 0",
         "range",
     ),
     Bits("parity", "parity over sign and exponent of all weights", "sign,exponent", "parity"),
