@@ -194,7 +194,7 @@ def fault_report(faults: int) -> list[str]:
         "|---" * 7 + "|",
     ]
     for (check, kind), found in total.items():
-        of_all, of_effective = found.found / found.all, found.found / max(found.effective, 1)
+        of_all, of_effective = found.found / max(found.all, 1), found.found / max(found.effective, 1)
         lines.append(
             f"| {check} | {kind} | {found.all:,} | {found.effective:,} | {of_all:.2%} | {of_effective:.2%} "
             f"| {found.wrong:,} |"
