@@ -31,6 +31,7 @@ NEEDED = {
             "recsys",
             "live",
             "clipping",
+            "abft",
             "bit-protection",
             "seals",
         ),
