@@ -30,6 +30,7 @@ NEEDED = {
             "campaigns",
             "recsys",
             "live",
+            "intensity",
             "clipping",
             "abft",
             "bit-protection",
