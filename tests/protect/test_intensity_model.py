@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from itertools import pairwise
 
 import pytest
@@ -225,6 +226,23 @@ def test_what_cannot_be_judged_is_counted():
     checked = CheckedLinear(torch.nn.Linear(4, 3), "row")
     checked(torch.full((2, 4), float("nan")))
     assert (checked.detections.unchecked, checked.detections.faulty) == (1, 0)
+
+
+@pytest.mark.parametrize(
+    "scheme", [s for s in ("global", "row", "tile", "replication") if s != "tile" or kernels()]
+)
+def test_copied_loaded_and_moved_layers_check_what_they_hold_now(scheme):
+    checked, x = CheckedLinear(torch.nn.Linear(4, 3), scheme), torch.rand(5, 4)
+    other = torch.nn.Linear(4, 3)
+    copied = copy.deepcopy(checked)
+    copied.load_state_dict(other.state_dict())
+    assert torch.allclose(copied(x), other(x)) and not torch.allclose(checked(x), other(x))
+    if scheme != "tile":
+        wide = copy.deepcopy(copied).double()
+        assert (
+            torch.allclose(wide(x.double()), other.double()(x.double()))
+            and wide(x.double()).dtype is torch.float64
+        )
 
 
 def test_state_is_that_of_the_layer():

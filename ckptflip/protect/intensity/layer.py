@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -14,10 +15,15 @@ from ckptflip.protect.intensity.weights import prepared
 _LAST = len(BUCKETS) - 1
 
 
+def _loaded(module: Any, _: object) -> None:
+    module.refresh()
+
+
 class CheckedLinear(torch.nn.Module):  # type: ignore[misc]
     """A linear layer with a check of every result; for inference, with weights that no longer change.
 
-    Checksums are taken from the weights when it is made; after weights were replaced on purpose, `refresh`.
+    Checksums are taken from the weights when it is made, copied, moved or loaded; after weights were changed
+    on purpose in another way, `refresh`.
 
     Attributes:
         weight, bias: those of the layer it stands for, frozen.
@@ -58,6 +64,19 @@ class CheckedLinear(torch.nn.Module):  # type: ignore[misc]
         self.on_error = policy(on_error)
         self.name = name
         self.schemes = dict.fromkeys(BUCKETS, schemes) if isinstance(schemes, str) else dict(schemes)
+        self.refresh()
+        self.register_load_state_dict_post_hook(_loaded)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> CheckedLinear:
+        super()._apply(fn, recurse)
+        self.refresh()  # on another device, in another dtype
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("_prepared", "_runs")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
         self.refresh()
 
     def refresh(self) -> None:
