@@ -8,6 +8,9 @@ namespace ckptflip {
 // In clipping.cpp.
 PyObject *clip(PyObject *, Arguments, Py_ssize_t);
 
+// In embedding_bag.cpp.
+PyObject *embedding_bag(PyObject *, Arguments, Py_ssize_t);
+
 Isa isa() {
 #if defined(__x86_64__) && defined(__GNUC__)
   static const Isa found = [] {
@@ -46,6 +49,7 @@ PyMethodDef methods[] = {
     {"linear_tiles", fast(linear_tiles), METH_FASTCALL, "A linear layer; how many of its rows are suspect."},
     {"linear_same", fast(linear_same), METH_FASTCALL, "Whether two stretches of memory hold the same bits."},
     {"linear_panel", linear_panel, METH_NOARGS, "Outputs in a panel; up to how many there are no panels; lanes of sums."},
+    {"embedding_bag", fast(embedding_bag), METH_FASTCALL, "Adds up bags of rows and checks them; how many do not hold."},
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -1,0 +1,118 @@
+// The loops over bags and look-ups. Each source that includes this has defined, for its instructions:
+//   KERNEL, INLINE                  the attributes of functions, and of those that become part of their callers
+//   Checks<kind>                    the checks of a bag's rows: `add`, `found`
+//   Sums<kind, vectors>             vectors · lanes columns of a bag, added up twice: `add`, `same`, `store`
+//   lanes, most_vectors             columns in a vector; vectors in a `Sums`
+#include "embedding_bag.h"
+
+namespace ckptflip::bags {
+namespace {
+
+INLINE void fetch(const Table &table, const Call &call, std::int64_t at) {
+  const auto id = static_cast<std::uint64_t>(integer_at(call.ids, call.id_size, std::min(at, call.count - 1)));
+  // An id beyond the table is refused when its turn comes; fetching from anywhere is harmless.
+  const auto row = reinterpret_cast<std::uintptr_t>(call.rows) + id * static_cast<std::uint64_t>(table.width);
+  // Every line of the row; as many fetches for each, since a branch that depends on where a row begins costs more.
+  for (std::int64_t byte = 0; byte < table.width; byte += 64) prefetch(row + static_cast<std::uintptr_t>(byte));
+  prefetch(row + static_cast<std::uintptr_t>(table.width - 1));
+}
+
+// What one bag's look-ups have in common.
+struct Bag {
+  std::int64_t begin, end;
+  std::int64_t rows = 0;  // that were not skipped
+  Differs differs{};
+  bool same = true;  // whether both additions gave the same
+};
+
+// Adds up some columns of a bag; the first columns' turn checks ids and rows too. False: an id beyond the table.
+// With `dim`, that is what the table has: for usual ones, whose loops then have no branches.
+template <std::int64_t kind, std::int64_t dim, int vectors, bool first>
+KERNEL bool pass(const Table &given, const Call &call, std::int64_t from, Bag &bag, float *out) {
+  const std::int64_t column = first ? 0 : dim == 2 * most_columns ? most_columns : from;
+  Table table = given;
+  if constexpr (dim > 0) {
+    table = layout(kind, dim);
+    table.rows = given.rows;
+  }
+  const std::int64_t end = bag.end, padding = call.padding;
+  const float *const weights = call.weights;
+  std::int64_t rows = 0;
+  Checks<kind> checks;
+  Sums<kind, vectors> sums(table.dim - column);
+  for (std::int64_t i = bag.begin; i < end; ++i) {
+    const auto id = static_cast<std::uint64_t>(integer_at(call.ids, call.id_size, i));
+    if (first) {
+      fetch(table, call, i + ahead);
+      if (id >= static_cast<std::uint64_t>(table.rows)) return false;
+    }
+    if (static_cast<std::int64_t>(id) == padding) continue;
+    const std::uint8_t *row = call.rows + id * static_cast<std::uint64_t>(table.width);
+    if (first) {
+      ++rows;
+      checks.add(table, row, id);
+    }
+    float scale = 1, bias = 0;
+    numbers<kind>(table, row, scale, bias);
+    if (weights) {
+      scale *= weights[i];
+      bias *= weights[i];
+    }
+    sums.add(row, column, scale, bias);
+  }
+  if (first) {
+    bag.rows = rows;
+    bag.differs = checks.found();
+  }
+  bag.same &= sums.same();
+  sums.store(out + column, call.mean && bag.rows ? 1.0f / static_cast<float>(bag.rows) : 1.0f);
+  return true;
+}
+
+template <std::int64_t kind, std::int64_t dim, int vectors>
+KERNEL bool some_columns(const Table &table, const Call &call, std::int64_t column, Bag &bag, float *out) {
+  if constexpr (vectors > 1 && (dim == 0 || dim <= (vectors - 1) * lanes))
+    if (table.dim - column <= (vectors - 1) * lanes)
+      return some_columns<kind, dim, vectors - 1>(table, call, column, bag, out);
+  return column ? pass<kind, dim, vectors, false>(table, call, column, bag, out)
+                : pass<kind, dim, vectors, true>(table, call, 0, bag, out);
+}
+
+template <std::int64_t kind, std::int64_t dim>
+KERNEL std::int64_t bags_of(const Table &table, const Call &call, std::int64_t first, std::int64_t last) {
+  std::int64_t unsound = 0;
+  for (std::int64_t b = first; b < last; ++b) {
+    Bag bag{bag_begin(call, b), bag_begin(call, b + 1)};
+    if (bag.begin < 0 || bag.begin > bag.end || bag.end > call.count) return -1 - b;
+    for (std::int64_t column = 0; column < table.dim; column += most_vectors * lanes)
+      if (!some_columns<kind, dim, most_vectors>(table, call, column, bag, call.out + b * table.dim)) return -1 - b;
+    call.verdict[b] = verdict_of(bag.differs, bag.same);
+    unsound += call.verdict[b] != sound;
+  }
+  return unsound;
+}
+
+template <std::int64_t kind> Run of_dim(std::int64_t dim) {
+  switch (dim) {
+    case 16: return bags_of<kind, 16>;
+    case 32: return bags_of<kind, 32>;
+    case 64: return bags_of<kind, 64>;
+    case 128: return bags_of<kind, 128>;
+    case 256: return bags_of<kind, 256>;
+    default: return bags_of<kind, 0>;
+  }
+}
+
+Run run_of(const Table &table) {
+  switch (table.kind) {
+    case int2: return of_dim<int2>(table.dim);
+    case int4: return of_dim<int4>(table.dim);
+    case int8: return of_dim<int8>(table.dim);
+    case bf16: return of_dim<bf16>(table.dim);
+    case fp32: return of_dim<fp32>(table.dim);
+    default: return nullptr;
+  }
+}
+
+}  // namespace
+}  // namespace ckptflip::bags
