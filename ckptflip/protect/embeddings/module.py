@@ -1,0 +1,281 @@
+"""An embedding bag that checks what it looks up: a stand-in for PyTorch's, float or quantised."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ckptflip.errors import DetectedError, MissingExtraError, UsageError
+
+try:
+    import torch
+except ImportError as error:
+    raise MissingExtraError("torch", "torch", "Protected embedding bags") from error
+
+from ckptflip.protect.embeddings.look_up import ARITHMETIC, Bags, Found, bags_of, look_up
+from ckptflip.protect.embeddings.rows import Row
+from ckptflip.protect.embeddings.tables import (
+    bad_rows,
+    protect_table,
+    protected_rows,
+    row_of_protected,
+    unprotect_table,
+)
+
+Restore = Callable[[torch.Tensor], torch.Tensor]
+REACTIONS = ("raise", "count", "recompute", "restore", "zero")
+
+
+@dataclass(slots=True)
+class Counts:
+    """What a protected table has seen.
+
+    Attributes:
+        calls, bags: looked up.
+        unsound: bags that were found unsound when they were first looked up.
+        recomputed: bags that were sound when they were looked up once more.
+        restored, zeroed: rows.
+    """
+
+    calls: int = 0
+    bags: int = 0
+    unsound: int = 0
+    recomputed: int = 0
+    restored: int = 0
+    zeroed: int = 0
+
+
+class ProtectedEmbeddingBag(torch.nn.Module):  # type: ignore[misc]
+    """Sums or means of a protected table's rows, every row and every addition checked.
+
+    For inference: it has no gradients. Its table is the buffer ``weight``, as `protect_table` gives it; other
+    modules may hold it, and `ckptflip.live` hits it, as any buffer.
+
+    Args:
+        table: protected, uint8[rows, bytes of a row], float32 or bfloat16[rows, D + check columns].
+        layout: see `protect_table`.
+        mode: ``sum`` or ``mean``.
+        include_last_offset, padding_idx: as for `torch.nn.EmbeddingBag`.
+        on_error: what is done where something is found: ``raise`` a DetectedError; ``count`` it and go on
+            with what came out; ``recompute`` those bags, and raise if they are unsound again; ``restore`` the
+            damaged rows and recompute; ``zero`` the damaged rows, for good, and recompute.
+        restore: gives rows as they were before they were protected, by their numbers: int64[k] to [k, stored
+            row]. For ``restore``.
+        threads: how many share the bags of a call; only the compiled kernel does.
+        name: of the table, for messages.
+
+    Attributes:
+        counts: what was seen so far.
+        verdict: of the last call, uint8[bags]: 0, or the sum of 1 (values), 2 (tag: values, scale, bias or
+            row number) and 4 (additions), as first looked up.
+
+    Raises:
+        SelectionError, UsageError: arguments that make no sense.
+
+    Example:
+        >>> bag = ProtectedEmbeddingBag.from_float(torch.rand(10, 4), "int8", on_error="count")
+        >>> bag(torch.tensor([[1, 2], [3, 3]])).shape
+        torch.Size([2, 4])
+        >>> bag.weight[3, 0] ^= 16
+        >>> _ = bag(torch.tensor([[1, 2], [3, 3]]))
+        >>> bag.verdict.tolist(), bag.counts.unsound
+        ([0, 3], 1)
+    """
+
+    weight: torch.Tensor
+
+    def __init__(
+        self,
+        table: torch.Tensor,
+        layout: str,
+        *,
+        mode: str = "sum",
+        include_last_offset: bool = False,
+        padding_idx: int | None = None,
+        on_error: str = "raise",
+        restore: Restore | None = None,
+        threads: int = 1,
+        name: str = "table",
+    ) -> None:
+        super().__init__()
+        if mode not in ("sum", "mean"):
+            raise UsageError(f"table {name}: mode is sum or mean, not {mode!r}")
+        if on_error not in REACTIONS or (on_error == "restore") != (restore is not None):
+            raise UsageError(
+                f"table {name}: on_error is one of {', '.join(REACTIONS)}, not {on_error!r}; "
+                "restore=FUNCTION goes with 'restore' alone"
+            )
+        bare_name = layout.partition(":")[0]
+        array = torch.empty(0, table.shape[1], dtype=table.dtype) if table.dim() == 2 else table
+        self.row: Row = row_of_protected(_numpy(array, bare_name), layout)
+        self.layout, self.mode, self.include_last_offset = layout, mode, include_last_offset
+        self.padding_idx = None if padding_idx is None else padding_idx % max(table.shape[0], 1)
+        self.on_error, self.restore, self.threads, self.name = on_error, restore, threads, name
+        self.counts = Counts()
+        self.verdict: torch.Tensor = torch.empty(0, dtype=torch.uint8)
+        self._width, self._padding = self.row.width, -1 if self.padding_idx is None else self.padding_idx
+        self.register_buffer("weight", table.contiguous())
+        self._plan = self.row.plan(table.shape[0])
+
+    @classmethod
+    def from_float(cls, table: torch.Tensor, layout: str, **options: Any) -> ProtectedEmbeddingBag:
+        """From a table in float, which is quantised as ATen does it where `layout` is one of codes.
+
+        Args:
+            table: float[rows, D].
+            layout: see `protect_table`.
+            options: as for the class.
+        """
+        from ckptflip.recsys.tables import quantise
+
+        if layout.startswith("int"):
+            stored = torch.from_numpy(quantise(table.detach().float().numpy(), layout))
+        else:
+            stored = table.detach().to(torch.bfloat16 if layout == "bf16" else torch.float32)
+        return cls(protect_table(stored, layout), layout, **options)
+
+    @property
+    def num_embeddings(self) -> int:
+        """Rows of the table."""
+        return int(self.weight.shape[0])
+
+    @property
+    def embedding_dim(self) -> int:
+        """Columns of the table."""
+        return self.row.dim
+
+    def forward(
+        self,
+        input: torch.Tensor,
+        offsets: torch.Tensor | None = None,
+        per_sample_weights: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """As `torch.nn.EmbeddingBag.forward`, without gradients.
+
+        Args:
+            input: int32 or int64[bags, length], or [n] with offsets.
+            offsets: int32 or int64[bags], or [bags + 1] with `include_last_offset`.
+            per_sample_weights: float, of the shape of `input`; for sums alone.
+
+        Returns:
+            float32[bags, D]; bfloat16 of a table in bfloat16.
+
+        Raises:
+            UsageError: ids beyond the table, and arguments that make no sense.
+            DetectedError: something was found, and `on_error` does not mend it.
+        """
+        if per_sample_weights is not None and self.mode != "sum":
+            raise UsageError(f"table {self.name}: per_sample_weights are for mode='sum' alone")
+        last = self.include_last_offset and input.dim() == 1
+        bags = bags_of(input, offsets, per_sample_weights, last, self.name)
+        found = self._look_up(bags)
+        counts = self.counts
+        counts.calls += 1
+        counts.bags += bags.count
+        # Past PyTorch's own way of setting attributes, which takes longer than a small bag.
+        self.__dict__["verdict"] = found.verdict
+        if found.unsound:
+            counts.unsound += found.unsound
+            self._react(bags, found)
+        return found.values.to(torch.bfloat16) if self.row.layout == "bf16" else found.values
+
+    def scrub(self) -> list[int]:
+        """The rows of the whole table that do not fit their check bytes."""
+        found: list[int] = bad_rows(self.weight, self.layout).tolist()
+        return found
+
+    def unprotected(self) -> torch.Tensor:
+        """The table as it was before it was protected."""
+        table: torch.Tensor = unprotect_table(self.weight, self.layout)
+        return table
+
+    def extra_repr(self) -> str:
+        """What `repr` shows."""
+        return f"{self.num_embeddings}, {self.embedding_dim}, layout={self.layout}, mode={self.mode}"
+
+    def _look_up(self, bags: Bags) -> Found:
+        weight = self.weight
+        if not (
+            weight.is_cpu and weight.is_contiguous() and weight.shape[1] * weight.itemsize == self._width
+        ):
+            raise UsageError(
+                f"table {self.name} is {weight.dtype} {tuple(weight.shape)} on {weight.device}: a protected "
+                "table stays on the CPU, and as protect_table gave it"
+            )
+        if weight.shape[0] != self._plan[1]:
+            self._plan = self.row.plan(weight.shape[0])
+        return look_up(
+            weight,
+            self.row,
+            self._plan,
+            bags,
+            mean=self.mode == "mean",
+            padding=self._padding,
+            threads=self.threads,
+            name=self.name,
+        )
+
+    def _react(self, bags: Bags, found: Found) -> None:
+        """Do with unsound bags what `on_error` says; their values are put in place."""
+        if self.on_error == "count":
+            return
+        unsound = found.verdict.nonzero().squeeze(1)
+        if self.on_error != "raise":
+            rows = self._damaged(bags)
+            if self.on_error in ("restore", "zero") and rows.numel():
+                self._replace(rows)
+            again = self._look_up(bags)
+            found.values.copy_(again.values)
+            self.counts.recomputed += int((again.verdict[unsound] == 0).sum())
+            if not again.unsound:
+                return
+            found = again
+            unsound = found.verdict.nonzero().squeeze(1)
+        raise DetectedError(self._message(bags, found, int(unsound[0]), unsound.numel()))
+
+    def _damaged(self, bags: Bags) -> torch.Tensor:
+        bounds = bags.bounds()
+        return torch.from_numpy(bad_rows(self.weight, self.layout, bags.ids[bounds[0] : bounds[-1]]))
+
+    def _replace(self, rows: torch.Tensor) -> None:
+        """Put restored rows, or zeros, in the place of damaged ones."""
+        if self.restore is not None:
+            stored = _numpy(self.restore(rows), self.row.layout)
+            fresh = np.ascontiguousarray(stored).view(np.uint8).reshape(rows.numel(), -1)
+            if fresh.shape[1] != self.row.stored_width:
+                raise UsageError(
+                    f"table {self.name}: restore gave rows of {fresh.shape[1]} bytes, and stored rows have "
+                    f"{self.row.stored_width}"
+                )
+            self.counts.restored += rows.numel()
+        else:
+            fresh = np.zeros((rows.numel(), self.row.stored_width), np.uint8)
+            self.counts.zeroed += rows.numel()
+        bytes_of = torch.from_numpy(protected_rows(fresh, self.row, rows.numpy().astype(np.uint64)))
+        self.weight.view(torch.uint8)[rows] = bytes_of
+
+    def _message(self, bags: Bags, found: Found, first: int, many: int) -> str:
+        rows = self._damaged(bags).tolist()
+        verdict = int(found.verdict[first])
+        what = (
+            "rows do not fit their check bytes"
+            if verdict & ~ARITHMETIC
+            else "two additions gave different sums"
+        )
+        where = f"; damaged rows: {', '.join(map(str, rows[:8]))}{', …' * (len(rows) > 8)}" if rows else ""
+        more = f" and {many - 1} more" if many > 1 else ""
+        return (
+            f"table {self.name}: bag {first}{more}: {what}{where}. Load the table anew, or use "
+            "on_error='restore' with a source of its rows"
+        )
+
+
+def _numpy(table: torch.Tensor, layout: str) -> Any:
+    from ml_dtypes import bfloat16
+
+    if layout == "bf16" and table.dtype == torch.bfloat16:
+        return table.contiguous().view(torch.int16).numpy().view(bfloat16)
+    return table.contiguous().numpy() if table.dtype != torch.bfloat16 else table.float().numpy()
