@@ -64,6 +64,7 @@ bench: $(VENV)/.test
 	$(BIN)/python benchmarks/seal.py
 	$(BIN)/python benchmarks/abft_gemm.py
 	$(BIN)/python benchmarks/intensity.py
+	$(BIN)/python benchmarks/abft_bags.py
 
 # Runs the small variants of both published studies (each some 20 minutes on two quiet cores) and writes
 # docs/results.md and docs/results-recsys.md.
