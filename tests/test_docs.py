@@ -33,6 +33,7 @@ NEEDED = {
             "intensity",
             "clipping",
             "abft",
+            "abft-embeddings",
             "bit-protection",
             "seals",
         ),
