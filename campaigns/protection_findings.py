@@ -60,15 +60,20 @@ def _clipping(study: Study) -> str:
     adjusted = holm([each.p_value for _, each in told]).tolist()
     differing = [(line, each) for (line, each), p in zip(told, adjusted, strict=True) if p <= LEVEL]
     said = (
-        f"`{OURS}` against the published `{PUBLISHED}` on the same faults: what is left differs in "
-        f"{len(differing)} of {many(len(told), 'cell')} (Wilcoxon, Holm)"
+        f"`{OURS}` against the published `{PUBLISHED}` on the same faults, {many(len(told), 'cell')} "
+        "(Wilcoxon, Holm)"
     )
-    parts = [
-        f"{_name(study, line)} ({places(each.mean)}; {places(each.mean_interval.low)} to "
-        f"{places(each.mean_interval.high)})"
-        for line, each in differing
-    ]
-    return f"{said}{f', mean difference: {listed(parts)}' if parts else ''}."
+    parts = []
+    for sign, word in ((1, "more"), (-1, "less")):
+        these = [(line, each) for line, each in differing if sign * each.mean > 0]
+        if these:
+            line, each = max(these, key=lambda pair: abs(pair[1].mean))
+            parts.append(
+                f"{word} {study.metric} is left in {len(these)}, at most {places(abs(each.mean))} "
+                f"({places(each.mean_interval.low)} to {places(each.mean_interval.high)}; "
+                f"{_name(study, line)})"
+            )
+    return f"{said}: {listed(parts) if parts else 'none differs'}."
 
 
 def _clean(study: Study) -> str:

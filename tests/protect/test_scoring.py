@@ -89,6 +89,19 @@ def test_a_model_that_is_started_anew_is_prepared_anew(clean, tmp_path):
     assert found == measured(out)
 
 
+def test_no_trial_leaves_anything_for_the_next(clean, tmp_path):
+    out = tmp_path / "faulty.h5"
+    ckptflip.inject(clean, out=out, roles="model", ber=1e-2, seed=3)
+    workload = scored(model="digits-mlp", trained=1)
+    workload.load(out)
+    first = workload.evaluate()
+    assert first["uncorrectable/secded"] > 0
+    workload.load(clean)
+    assert workload.evaluate() == measured(clean)
+    workload.load(out)
+    assert str(workload.evaluate()) == str(first)
+
+
 def test_a_hit_clean_copy_is_refused(clean, tmp_path):
     out = tmp_path / "faulty.h5"
     ckptflip.inject(clean, out=out, tensors="clean", count=1, seed=1)

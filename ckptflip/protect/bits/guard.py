@@ -89,6 +89,31 @@ class Guard:
             kept.checks = self._code.encode(self._words(kept), kept.packing)
         self._marks = {i: self._place.mark(i) for i in self._names}
 
+    def checks(self) -> list[Bytes]:
+        """Copies of the checks, for `restore`."""
+        return [kept.checks.copy() for kept in self._kept]
+
+    def restore(self, checks: list[Bytes]) -> None:
+        """Put checks back as they were: after flips that no code stands, a scrub may have changed them too.
+
+        Args:
+            checks: what `checks` gave.
+
+        Raises:
+            LiveError: they are of another guard.
+
+        Example:
+            >>> import numpy as np
+            >>> guarded = guard(np.ones(8, np.float32))
+            >>> kept = guarded.checks()
+            >>> guarded.restore(kept)
+        """
+        now = [kept.checks for kept in self._kept]
+        if [each.shape for each in now] != [each.shape for each in checks]:
+            raise LiveError("these checks are of another guard: restore what this one's checks() gave")
+        for kept, each in zip(self._kept, checks, strict=True):
+            kept.checks = each.copy()
+
     def scrub(self, *, force: bool = False) -> Scrub:
         """Find flips in the guarded bits and put right, in place, those that the code locates.
 

@@ -56,18 +56,22 @@ class Bits:
     def __init__(self, name: str, about: str, bits: str, code: str) -> None:
         self.name, self.about, self._bits, self._code = name, about, bits, code
 
-    def prepare(self, model: torch.nn.Module, batches: Sequence[Any]) -> Guard:
-        """The checks of the clean weights."""
-        return guard(model, self._bits, self._code)
+    def prepare(self, model: torch.nn.Module, batches: Sequence[Any]) -> tuple[Guard, Any]:
+        """A guard over the weights, and the checks of the clean ones."""
+        made = guard(model, self._bits, self._code)
+        return made, made.checks()
 
-    def face(self, model: torch.nn.Module, prepared: Guard, run: Run) -> Verdict:
+    def face(self, model: torch.nn.Module, prepared: tuple[Guard, Any], run: Run) -> Verdict:
         """Scrub the weights, and run the model."""
+        guarded, checks = prepared
+        # A scrub of another trial's flips may have taken them for flips of the checks.
+        guarded.restore(checks)
         # Loading a checkpoint writes the weights on purpose, as far as PyTorch can tell.
-        scrub = prepared.scrub(force=True)
+        scrub = guarded.scrub(force=True)
         counts = {
             "corrected": float(scrub.corrected),
             "uncorrectable": float(scrub.uncorrectable),
-            "memory": prepared.cost.share,
+            "memory": guarded.cost.share,
         }
         outputs = None if self._code == "parity" else run()
         return Verdict(found=not scrub.clean, outputs=outputs, counts=counts)
