@@ -110,7 +110,7 @@ def bags_of(
 def look_up(
     table: torch.Tensor,
     row: Row,
-    plan: Any,
+    plan: bytes,
     bags: Bags,
     *,
     mean: bool = False,
@@ -141,7 +141,7 @@ def look_up(
     ids, offsets, weights = bags.ids, bags.offsets, bags.weights
     unsound = native.embedding_bag(
         _ISA,
-        plan.ctypes.data,
+        plan,
         table.data_ptr(),
         ids.data_ptr(),
         _INTEGERS[ids.dtype],

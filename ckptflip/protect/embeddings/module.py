@@ -118,7 +118,8 @@ class ProtectedEmbeddingBag(torch.nn.Module):  # type: ignore[misc]
         self.verdict: torch.Tensor = torch.empty(0, dtype=torch.uint8)
         self._width, self._padding = self.row.width, -1 if self.padding_idx is None else self.padding_idx
         self.register_buffer("weight", table.contiguous())
-        self._plan = self.row.plan(table.shape[0])
+        self._rows = int(table.shape[0])
+        self._plan = self.row.plan(self._rows)
 
     @classmethod
     def from_float(cls, table: torch.Tensor, layout: str, **options: Any) -> ProtectedEmbeddingBag:
@@ -197,7 +198,8 @@ class ProtectedEmbeddingBag(torch.nn.Module):  # type: ignore[misc]
         return f"{self.num_embeddings}, {self.embedding_dim}, layout={self.layout}, mode={self.mode}"
 
     def _look_up(self, bags: Bags) -> Found:
-        weight = self.weight
+        weight = self._buffers["weight"]
+        assert weight is not None
         if not (
             weight.is_cpu and weight.is_contiguous() and weight.shape[1] * weight.itemsize == self._width
         ):
@@ -205,8 +207,9 @@ class ProtectedEmbeddingBag(torch.nn.Module):  # type: ignore[misc]
                 f"table {self.name} is {weight.dtype} {tuple(weight.shape)} on {weight.device}: a protected "
                 "table stays on the CPU, and as protect_table gave it"
             )
-        if weight.shape[0] != self._plan[1]:
-            self._plan = self.row.plan(weight.shape[0])
+        if weight.shape[0] != self._rows:
+            self._rows = int(weight.shape[0])
+            self._plan = self.row.plan(self._rows)
         return look_up(
             weight,
             self.row,

@@ -132,8 +132,8 @@ class Row:
         """The column of the digit that counts 1, as an unmodified operator sees it."""
         return self.check * 8 // self.bits
 
-    def plan(self, rows: int) -> NDArray[np.int64]:
-        """The table as the kernel wants it described, int64[15]: see `Table` in embedding_bag.h."""
+    def plan(self, rows: int) -> bytes:
+        """The table as the kernel wants it described: see `Table` in embedding_bag.h."""
         digits = [*self.weights, *[0] * (_MOST_DIGITS - len(self.weights))]
         head = [self.bits, rows, self.width, self.dim, self.check, self.tag, len(self.weights)]
-        return np.array([*head, *digits], np.int64)
+        return np.array([*head, *digits], np.int64).tobytes()

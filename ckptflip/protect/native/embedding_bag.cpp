@@ -76,7 +76,16 @@ std::int64_t on_threads(Run run, const Table &table, const Call &call, std::int6
 PyObject *embedding_bag(PyObject *, Arguments arguments, Py_ssize_t given) {
   if (!counted("embedding_bag", given, 17)) return nullptr;
   const std::int64_t which = integer(arguments[0]);
-  const auto *table = address<const bags::Table>(arguments[1]);
+  char *described;
+  Py_ssize_t size;
+  if (PyBytes_AsStringAndSize(arguments[1], &described, &size)) return nullptr;
+  if (size != sizeof(bags::Table)) {
+    PyErr_SetString(PyExc_ValueError, "embedding_bag: a table is described by 15 integers of 64 bits");
+    return nullptr;
+  }
+  bags::Table description;
+  std::memcpy(&description, described, sizeof description);
+  const bags::Table *const table = &description;
   bags::Call call{};
   call.rows = address<const std::uint8_t>(arguments[2]);
   call.ids = address<const void>(arguments[3]);
