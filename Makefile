@@ -66,13 +66,15 @@ bench: $(VENV)/.test
 	$(BIN)/python benchmarks/intensity.py
 	$(BIN)/python benchmarks/abft_bags.py
 
-# Runs the small variants of both published studies (each some 20 minutes on two quiet cores) and writes
-# docs/results.md and docs/results-recsys.md.
+# Runs the small variants of both published studies (each some 20 minutes on two quiet cores) and the score of
+# protections (some 10 minutes), and writes docs/results.md, results-recsys.md and results-protection.md.
 results: $(VENV)/.test
 	$(BIN)/python campaigns/cluster21.py run
 	$(BIN)/python campaigns/cluster21.py write
 	$(BIN)/python campaigns/terrorch.py run
 	$(BIN)/python campaigns/terrorch.py write
+	$(BIN)/python campaigns/protection.py run
+	$(BIN)/python campaigns/protection.py write
 
 pytest: $(VENV)/.test
 	$(THREADS) $(BIN)/python -m pytest -q -n auto
