@@ -120,8 +120,10 @@ def write(stores: Path, out: Path, only: Sequence[str] | None = None) -> Path:
 def _contenders() -> str:
     """What each contender is, as its class and its own words say it."""
     from ckptflip.protect.scoring.contenders import CONTENDERS
+    from ckptflip.protect.scoring.int8_contenders import INT8_CONTENDERS
 
-    rows = "\n".join(f"| `{each.name}` | {each.about} |" for each in CONTENDERS)
+    told = {each.name: each.about for each in (*CONTENDERS, *INT8_CONTENDERS)}
+    rows = "\n".join(f"| `{name}` | {about} |" for name, about in told.items())
     return _CONTENDERS.format(rows=rows)
 
 

@@ -193,11 +193,15 @@ class TorchWorkload:
         inputs = [part[:samples].split(batch) for part in _several(self._data()[0][0])]
         return list(zip(*inputs, strict=True))
 
-    def outputs(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The model's outputs for the test set, and the targets: what measures of pairs of runs need."""
+    def outputs(self, model: torch.nn.Module | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The model's outputs for the test set, and the targets: what measures of pairs of runs need.
+
+        Args:
+            model: another one that takes the same inputs, such as a quantised copy.
+        """
         run = self._current()
         with self._random_of(run), torch.no_grad(), self._casting():
-            return self._outputs(run)
+            return self._outputs(run.model if model is None else model)
 
     def inputs(self, *, train: bool = True) -> tuple[torch.Tensor, ...]:
         """What the model is given, as a tensor for each argument: of the training set, or of the test set."""
@@ -229,11 +233,11 @@ class TorchWorkload:
         scaler = self._scaler() if self._scaler else None
         return Run(model, optimizer, scheduler, scaler, random_state(self._device), seed)
 
-    def _outputs(self, run: Run) -> tuple[torch.Tensor, torch.Tensor]:
+    def _outputs(self, model: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
         inputs, targets = self._data()[1]
-        run.model.eval()
+        model.eval()
         batches = zip(*(part.split(self._test_batch) for part in _several(inputs)), strict=True)
-        return torch.cat([run.model(*batch) for batch in batches]), targets
+        return torch.cat([model(*batch) for batch in batches]), targets
 
     def _step(
         self,

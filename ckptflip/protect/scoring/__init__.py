@@ -17,7 +17,7 @@ __all__ = ["scored"]
 
 
 def scored(
-    *, model: str = "dlrm", trained: int = 3, calibration: int = 8192, **options: Any
+    *, model: str = "dlrm", trained: int = 3, calibration: int = 8192, form: str = "fp32", **options: Any
 ) -> ScoredWorkload:
     """A model that is trained for some epochs, then measured bare and under every protection.
 
@@ -25,6 +25,8 @@ def scored(
         model: a built-in PyTorch workload, such as ``dlrm`` or ``digits-cnn``, or ``package.module:object``.
         trained: epochs before; the trained model is epoch 0.
         calibration: training samples that bounds are learnt from.
+        form: ``fp32``, as it was trained; or ``int8``: linear layers and tables quantised after training,
+            with their checksums; for models made of these alone, such as ``dlrm``.
         options: of `model`.
 
     Raises:
@@ -40,9 +42,10 @@ def scored(
     from ckptflip.training.workload import find
 
     recipe = find(model, **options)
+    from ckptflip.protect.scoring.forms import form_of
     from ckptflip.protect.scoring.workload import ScoredWorkload
     from ckptflip.training.pytorch import TorchWorkload
 
     if not isinstance(recipe, TorchWorkload):
         raise UsageError(f"protections are scored on PyTorch workloads; {model} is a {type(recipe).__name__}")
-    return ScoredWorkload(recipe, trained, calibration)
+    return ScoredWorkload(recipe, trained, calibration, form=form, contenders=form_of(form).contenders)

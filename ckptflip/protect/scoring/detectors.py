@@ -11,6 +11,7 @@ import torch
 
 from ckptflip.protect.gemm.floats import RowChecksum, row_checksum, rows_hold
 from ckptflip.protect.scoring.contender import Run, Verdict
+from ckptflip.protect.scoring.int8_layers import Int8Rows
 
 EXTREME = 1e10
 
@@ -135,7 +136,12 @@ def _checked(model: torch.nn.Module, checksums: dict[str, RowChecksum]) -> Itera
 
 
 def _floats(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: value for name, value in model.state_dict().items() if value.is_floating_point()}
+    """All floats of a model, those in its quantised rows too, which a sensible scan would know of."""
+    found = {name: value for name, value in model.state_dict().items() if value.is_floating_point()}
+    for name, module in model.named_modules():
+        if isinstance(module, Int8Rows):
+            found |= {f"{name}.{field}": value for field, value in module.numbers().items()}
+    return found
 
 
 def _digest(value: torch.Tensor) -> bytes:

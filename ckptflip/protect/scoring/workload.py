@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ try:
 except ImportError as error:
     raise MissingExtraError("torch", "torch", "Scoring protections") from error
 
-from ckptflip.protect.scoring.contender import Contender
+from ckptflip.protect.scoring.contender import Contender, Run
 from ckptflip.protect.scoring.contenders import CONTENDERS
+from ckptflip.protect.scoring.forms import Kind, form_of
 from ckptflip.training.checks import no_state
 from ckptflip.training.digests import state_digest
 from ckptflip.training.pytorch import TorchWorkload
@@ -27,10 +29,10 @@ _MOST_KNOWN = 8
 
 
 class _Known:
-    """What belongs to one clean model: its outputs, and what each contender prepared."""
+    """What belongs to one clean model: what computes, its outputs, and what each contender prepared."""
 
-    def __init__(self, outputs: torch.Tensor, prepared: dict[str, Any]) -> None:
-        self.outputs, self.prepared = outputs, prepared
+    def __init__(self, model: torch.nn.Module, outputs: torch.Tensor, prepared: dict[str, Any]) -> None:
+        self.model, self.outputs, self.prepared = model, outputs, prepared
 
 
 class ScoredWorkload:
@@ -45,6 +47,7 @@ class ScoredWorkload:
         epochs: how many are trained before.
         calibration: training samples that contenders may learn from.
         contenders: the protections; all of `contenders.CONTENDERS` unless given.
+        form: how the model lies in memory, of `forms.FORMS`.
 
     Example:
         >>> from ckptflip.protect.scoring import scored
@@ -61,12 +64,15 @@ class ScoredWorkload:
         epochs: int,
         calibration: int,
         contenders: Sequence[Contender] = CONTENDERS,
+        form: str = "fp32",
     ) -> None:
         self._trained, self._epochs, self._calibration = trained, epochs, calibration
+        self._form = form_of(form)
         self._contenders = tuple(contenders)
         self._state: dict[str, Any] | None = None
         self._known: dict[str, _Known] = {}
         told = "" if calibration == 8192 else f"calibration={calibration},"
+        told += "" if form == "fp32" else f"form={form},"
         self.name = f"scored[trained={epochs},{told}model={trained.name}]"
 
     @property
@@ -77,8 +83,10 @@ class ScoredWorkload:
     @property
     def model(self) -> torch.nn.Module:
         """The model as it is now."""
-        self._current()
-        return self._trained.model
+        state = self._current()
+        model = self._of_clean(state).model
+        model.load_state_dict(state["model"])
+        return model
 
     def start(self, seed: int) -> None:
         """Train the model from a seed >= 0, and keep a clean copy."""
@@ -86,9 +94,11 @@ class ScoredWorkload:
         self._trained.start(seed)
         for _ in range(self._epochs):
             self._trained.train_epoch()
-        weights = {name: value.cpu().clone() for name, value in self._trained.model.state_dict().items()}
+        trained = self._trained.model.eval()
+        stored = self._form.stored(trained, self._batches())
+        weights = {name: stored[name] for name in self._form.kinds(trained)}
         self._state = {
-            "workload": self.name, "epoch": 0, "seed": seed, "model": weights, "clean": _packed(weights),
+            "workload": self.name, "epoch": 0, "seed": seed, "model": weights, "clean": _packed(stored),
         }  # fmt: skip
 
     def train_epoch(self) -> dict[str, float]:
@@ -107,14 +117,15 @@ class ScoredWorkload:
         """
         state = self._current()
         known = self._of_clean(state)
-        self._trained.model.load_state_dict(state["model"])
-        bare = self._outputs()
+        known.model.load_state_dict(state["model"])
+        run = self._run_of(known.model)
+        bare = run()
         found = self._trained.measure(bare) | {"changed": _changed(bare, known.outputs)}
         for contender in self._contenders:
             prepared = known.prepared[contender.name]
             if prepared is not None:
-                found |= self._faced(contender, prepared, known.outputs)
-                self._trained.model.load_state_dict(state["model"])
+                found |= self._faced(contender, known, run)
+                known.model.load_state_dict(state["model"])
         return found
 
     def save(self, path: str | Path) -> None:
@@ -150,20 +161,29 @@ class ScoredWorkload:
         self._state = {part: state[part] for part in ("workload", "epoch", "seed", "model", "clean")}
 
     def _check(self, state: dict[str, Any], path: str) -> None:
-        expected = self._trained.model.state_dict()
+        expected = self._form.kinds(self._trained.model)
         model = state["model"]
         if not isinstance(model, dict) or model.keys() != expected.keys():
             raise WorkloadError(f"{path} holds a model of another architecture than {self.name}")
-        for name, weight in expected.items():
-            if getattr(model[name], "dtype", None) != weight.dtype or model[name].shape != weight.shape:
+        for name, kind in expected.items():
+            if not _fits(model[name], kind):
                 raise WorkloadError(f"{path} holds a model of another form: {name} differs")
         try:
-            _unpacked(state["clean"], expected)
+            self._clean_of(state)
         except (ValueError, RuntimeError, TypeError, AttributeError):
             raise CheckpointError(
                 f"{path}: the clean copy beside the model is damaged; faults belong into the model: "
                 "tensors = 'model/*' in the policy"
             ) from None
+
+    def _clean_of(self, state: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """The clean copy: what lies in memory, of the same shapes, and constants. Raises as `_unpacked`."""
+        trained = self._trained.model
+        kinds = {
+            name: (dtype, tuple(state["model"][name].shape))
+            for name, (dtype, _) in self._form.kinds(trained).items()
+        }
+        return _unpacked(state["clean"], kinds | self._form.constants(trained))
 
     def _of_clean(self, state: dict[str, Any]) -> _Known:
         """Prepare the contenders on the clean weights, once for each clean model."""
@@ -171,29 +191,30 @@ class ScoredWorkload:
         if key not in self._known:
             if len(self._known) >= _MOST_KNOWN:
                 self._known.clear()
-            model = self._trained.model
-            model.load_state_dict(_unpacked(state["clean"], model.state_dict()))
-            model.eval()
-            batches = self._trained.training_batches(self._calibration, _BATCH)
-            outputs = self._outputs()
+            model = self._form.served(self._trained.model, self._clean_of(state))
+            batches = self._batches()
+            outputs = self._run_of(model)()
             prepared = {each.name: each.prepare(model, batches) for each in self._contenders}
-            self._known[key] = _Known(outputs, prepared)
+            self._known[key] = _Known(model, outputs, prepared)
         return self._known[key]
 
-    def _faced(self, contender: Contender, prepared: Any, clean: torch.Tensor) -> dict[str, float]:
-        self._trained.model.eval()
-        verdict = contender.face(self._trained.model, prepared, self._outputs)
+    def _faced(self, contender: Contender, known: _Known, run: Run) -> dict[str, float]:
+        known.model.eval()
+        verdict = contender.face(known.model, known.prepared[contender.name], run)
         found = {f"{name}/{contender.name}": value for name, value in verdict.counts.items()}
         if verdict.found is not None:
             found[f"found/{contender.name}"] = float(verdict.found)
         if verdict.outputs is not None:
             measured = self._trained.measure(verdict.outputs)
             found |= {f"{name}/{contender.name}": measured[name] for name in _TOLD if name in measured}
-            found[f"changed/{contender.name}"] = _changed(verdict.outputs, clean)
+            found[f"changed/{contender.name}"] = _changed(verdict.outputs, known.outputs)
         return found
 
-    def _outputs(self) -> torch.Tensor:
-        return self._trained.outputs()[0]
+    def _run_of(self, model: torch.nn.Module) -> Run:
+        return lambda: self._trained.outputs(model)[0]
+
+    def _batches(self) -> list[tuple[torch.Tensor, ...]]:
+        return self._trained.training_batches(self._calibration, _BATCH)
 
     def _current(self) -> dict[str, Any]:
         if self._state is None:
@@ -212,23 +233,31 @@ def _packed(weights: dict[str, torch.Tensor]) -> torch.Tensor:
     return torch.cat([_digest_of(held), held])
 
 
-def _unpacked(packed: torch.Tensor, like: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _unpacked(packed: torch.Tensor, kinds: dict[str, Kind]) -> dict[str, torch.Tensor]:
     """The weights again.
 
     Raises:
         ValueError: the bytes are not those that were packed.
     """
     held = packed[_DIGEST:]
-    sizes = [value.numel() * value.element_size() for value in like.values()]
+    sizes = [math.prod(shape) * dtype.itemsize for dtype, shape in kinds.values()]
     if packed.dtype != torch.uint8 or sum(sizes) != len(held):
         raise ValueError("another size")
     if not torch.equal(_digest_of(held), packed[:_DIGEST]):
         raise ValueError("another digest")
     parts = held.split(sizes)
     return {
-        name: part.clone().view(value.dtype).reshape(value.shape)
-        for (name, value), part in zip(like.items(), parts, strict=True)
+        name: part.clone().view(dtype).reshape(shape)
+        for (name, (dtype, shape)), part in zip(kinds.items(), parts, strict=True)
     }
+
+
+def _fits(value: Any, kind: Kind) -> bool:
+    dtype, shape = kind
+    held = tuple(getattr(value, "shape", ()))
+    if getattr(value, "dtype", None) != dtype or len(held) != len(shape):
+        return False
+    return all(wanted in (-1, length) for length, wanted in zip(held, shape, strict=True))
 
 
 def _digest_of(held: torch.Tensor) -> torch.Tensor:
