@@ -31,6 +31,7 @@ NEEDED = {
             "recsys",
             "live",
             "intensity",
+            "protection",
             "clipping",
             "abft",
             "abft-embeddings",
