@@ -79,7 +79,7 @@ def neither(current: NDArray[np.uint64], plan: Plan) -> NDArray[np.bool_]:
     Byte by byte: a write that is killed may stop inside a word, where the word crosses a page of the file.
     """
     foreign: NDArray[np.bool_] = (current != plan.before) & (current != plan.after)
-    if not foreign.any():
+    if not np.count_nonzero(foreign):
         return foreign
     now, before, after = (words.view(np.uint8) for words in (current, plan.before, plan.after))
     odd: NDArray[np.bool_] = ((now != before) & (now != after)).reshape(-1, 8).any(axis=1)

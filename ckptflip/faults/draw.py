@@ -258,10 +258,10 @@ class Population:
         stratum, word, placement = self._place(unit)
         words = np.array([word], np.int64)
         hit = stratum.masks[placement : placement + 1]
-        before = self._read(stratum.tensor, words)
+        before = self._read(stratum.tensor, words).astype(np.uint64)
         after = self.model.apply(before, hit, stratum.number)
         tensor, policies = np.array([stratum.tensor], np.int32), np.array([1 << self._position], np.uint16)
-        return Plan(tensor, words, hit, before.astype(np.uint64), after, policies)
+        return Plan(tensor, words, hit, before, after, policies)
 
     def _place(self, unit: int) -> tuple[_Stratum, int, int]:
         """Where a unit lies: its stratum, the word, and which of the stratum's placements it is."""
@@ -269,7 +269,7 @@ class Population:
         rank, placement = divmod(unit - stratum.start, stratum.masks.size)
         if stratum.elements.axes is not None:
             rank = int(stratum.elements.flat(np.array([rank]))[0])
-        return stratum, rank * stratum.number.parts + int(stratum.parts[placement]), placement
+        return stratum, rank * stratum.number.parts + stratum.parts.item(placement), placement
 
     def _assembled(
         self,

@@ -74,7 +74,7 @@ class FaultModel(Struct, frozen=True):
         Returns:
             uint64 words.
         """
-        words: NDArray[np.uint64] = before.astype(np.uint64)
+        words: NDArray[np.uint64] = before.astype(np.uint64, copy=False)
         hits: NDArray[np.uint64] = hit
         made: Any
         match self.kind:

@@ -10,7 +10,7 @@ import numpy as np
 from msgspec import Struct
 from numpy.typing import NDArray
 
-from ckptflip.bits import NumberFormat
+from ckptflip.bits import NumberFormat, popcount
 from ckptflip.bits.formats import lookup_name
 from ckptflip.faults.catalogue import Tensor
 from ckptflip.faults.plan import Plan
@@ -136,12 +136,13 @@ class Record(Struct, frozen=True, eq=False, weakref=True):
 
 def counts_of(plan: Plan) -> Counts:
     """The counts of a plan."""
+    changed = plan.before ^ plan.after
     return Counts(
         bits_hit=plan.bits_hit,
-        bits_effective=plan.bits_effective,
+        bits_effective=popcount(changed),
         words_hit=len(plan),
-        words_effective=plan.words_effective,
-        tensors=sum(1 for _ in plan.by_tensor()),
+        words_effective=int(np.count_nonzero(changed)),
+        tensors=len([*plan.by_tensor()]),
     )
 
 

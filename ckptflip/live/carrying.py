@@ -5,7 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import Path
+from time import time
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
@@ -62,9 +64,9 @@ def carry_out(
         record = replace(record, path=str(path))
     alter(target, plan, plan.before, plan.after)
     current = read_all(cast(Any, target), plan)
-    missed = np.flatnonzero(current != plan.after)
-    if missed.size:
-        raise LiveError(_missed(record, plan, current, missed))
+    missed = current != plan.after
+    if np.count_nonzero(missed):
+        raise LiveError(_missed(record, plan, current, np.flatnonzero(missed)))
     _CARRIED_OUT[record] = tensors, plan
     return record
 
@@ -76,6 +78,9 @@ def alter(target: LiveTarget, plan: Plan, now: NDArray[np.uint64], then: NDArray
     if changed < masks.size:
         rows = masks != 0
         tensors, words, masks = tensors[rows], words[rows], masks[rows]
+    if changed == 1:
+        target.xor(tensors.item(), words, masks)
+        return 1
     for tensor, part in runs(tensors):
         target.xor(tensor, words[part], masks[part])
     return int(changed)
@@ -108,7 +113,7 @@ def record_of(
     header = Header(
         ckptflip=__version__,
         schema=SCHEMA,
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        created=_created(int(time())),
         checkpoint="",
         output=where,
         format=kind,
@@ -122,6 +127,12 @@ def record_of(
         versions=_versions(),
     )
     return Record(header, renumbered)
+
+
+@lru_cache(1)
+def _created(seconds: int) -> str:
+    """A time in UTC, in ISO 8601; there are many records in one second."""
+    return datetime.fromtimestamp(seconds, UTC).isoformat()
 
 
 def _versions() -> dict[str, str]:
@@ -173,7 +184,7 @@ def undo(target: LiveTarget, record: Record | str | Path) -> int:
     tensors, plan = placed(original, target)
     current = read_all(cast(Any, target), plan)
     foreign = neither(current, plan)
-    if foreign.any():
+    if np.count_nonzero(foreign):
         raise RecordError(_refusal(tensors, plan, current, foreign))
     return alter(target, plan, current, plan.before)
 

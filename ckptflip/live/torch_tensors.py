@@ -98,8 +98,11 @@ class TorchTarget:
         """
         if catalogue is not self._tensors:
             return False
-        found = ((self._fetch[i](), self._places[i]) for i in tensors)
-        return all(tensor is not None and _mark(tensor) == place for tensor, place in found)
+        for i in tensors:
+            tensor = self._fetch[i]()
+            if tensor is None or _mark(tensor) != self._places[i]:
+                return False
+        return True
 
     def tensor(self, tensor: int) -> torch.Tensor:
         """One tensor of the catalogue itself."""
@@ -221,17 +224,18 @@ class _Structure:
         self._empty = [owner for owner, size, _ in self._sizes if not size]
         # Most modules have no buffers and get none.
         self._bare = [buffers for buffers in self._buffers if not buffers]
-        self._buffered = [buffers for buffers in self._buffers if buffers]
+        # Views show what is in a dict at any time; making them anew takes longer than reading them.
+        self._buffered = [dict.values(buffers) for buffers in self._buffers if buffers]
+        self._held = [dict.values(owner) for owner in self._filled]
         self._keys = [key for _, key, _, _ in self._owned]
-        self._values = [value for _, _, value, _ in self._owned]
+        self._addresses = self._where()
 
     def check(self) -> None:
         """Raise LiveError when parameters or modules were added, removed or replaced."""
         # Before every firing: what nearly always holds is found out without a loop in Python.
-        if not any(self._empty) and list(chain.from_iterable(self._filled)) == self._keys:
-            values = chain.from_iterable(map(dict.values, self._filled))
-            if all(map(operator.is_, values, self._values)):
-                return
+        same_names = not any(self._empty) and list(chain.from_iterable(self._filled)) == self._keys
+        if same_names and self._where() == self._addresses:
+            return
         changed = [name for owner, key, value, name in self._owned if owner.get(key) is not value]
         changed += [name for owner, size, name in self._sizes if len(owner) != size]
         if changed:
@@ -242,8 +246,15 @@ class _Structure:
 
     def tensors(self) -> list[torch.Tensor | None]:
         """Parameters and buffers as they are now; buffers may come and go, as caches do."""
-        buffers = self._buffers if any(self._bare) else self._buffered
-        return [*self.parameters, *chain.from_iterable(map(dict.values, buffers))]
+        buffers = map(dict.values, self._buffers) if any(self._bare) else self._buffered
+        return [*self.parameters, *chain.from_iterable(buffers)]
+
+    def _where(self) -> bytes:
+        """The addresses of all modules and parameters, as bytes: `_owned` keeps alive those that were first.
+
+        An array of objects asks nothing of them, where a list would compare tensors by their numbers.
+        """
+        return np.fromiter(chain.from_iterable(self._held), object, len(self._keys)).tobytes()
 
 
 def unwrapped(model: torch.nn.Module) -> torch.nn.Module:

@@ -67,8 +67,8 @@ def read(tensor: torch.Tensor, number: NumberFormat, words: NDArray[np.int64]) -
         >>> [hex(word) for word in read(x.T, number_of(x), np.array([0, 2]))]
         ['0x3f800000', '0xc0000000']
     """
-    if words.size == 1 and _is_inside(tensor, number, int(words[0])):
-        return np.array([_there(tensor, number, int(words[0])).value], number.word_dtype)
+    if words.size == 1 and _is_inside(tensor, number, word := words.item()):
+        return np.array([_there(tensor, number, word).value], number.word_dtype)
     memory, at = _places(tensor, words)
     if memory.device.type == "cpu":
         found: NDArray[Any] = memory.numpy().view(number.word_dtype)[at]
@@ -92,8 +92,8 @@ def xor(
         >>> x
         tensor([ 1., -2.], requires_grad=True)
     """
-    if words.size == 1 and _is_inside(tensor, number, int(words[0])):
-        flip_one(tensor, number, int(words[0]), int(masks[0]))
+    if words.size == 1 and _is_inside(tensor, number, word := words.item()):
+        flip_one(tensor, number, word, masks.item())
         return
     memory, at = _places(tensor, words)
     fitting = masks.astype(number.word_dtype)
@@ -107,7 +107,7 @@ def xor(
 
 def is_row(tensor: torch.Tensor) -> bool:
     """Whether the words of a tensor lie in C order, one behind the other, in memory of this process."""
-    return bool(tensor.device.type == "cpu" and tensor.is_contiguous())
+    return bool(tensor.is_cpu and tensor.is_contiguous())
 
 
 def flip_one(tensor: torch.Tensor, number: NumberFormat, word: int, mask: int) -> int:
@@ -134,13 +134,15 @@ def flip_one(tensor: torch.Tensor, number: NumberFormat, word: int, mask: int) -
 
 def _there(tensor: torch.Tensor, number: NumberFormat, word: int) -> Any:
     """One word in a plain row of them, where it is."""
-    return _UNSIGNED[number.word_size].from_address(tensor.data_ptr() + number.word_size * word)
+    size = number.word_size
+    return _UNSIGNED[size].from_address(tensor.data_ptr() + size * word)
 
 
 def _is_inside(tensor: torch.Tensor, number: NumberFormat, word: int) -> bool:
     """Whether a tensor is a plain row of words that has this one."""
-    fits = tensor.element_size() == number.word_size * number.parts
-    return fits and 0 <= word < tensor.numel() * number.parts and is_row(tensor)
+    parts = number.parts
+    fits = tensor.element_size() == number.word_size * parts
+    return fits and 0 <= word < tensor.numel() * parts and is_row(tensor)
 
 
 def address(tensor: torch.Tensor) -> tuple[int, int]:

@@ -261,13 +261,36 @@ def another_block(net):
     net.blocks.append(torch.nn.Linear(4, 4))
 
 
-@pytest.mark.parametrize("change", [replaced, another_head, another_block])
+def renamed(net):
+    own = net.conv._parameters
+    own["shift"] = own.pop("bias")
+
+
+@pytest.mark.parametrize("change", [replaced, another_head, another_block, renamed])
 def test_a_model_that_is_changed_afterwards_is_an_error(change):
     net, _ = trained()
     armed = Armed(TorchTarget(net), Policy())
     change(net)
     with pytest.raises(LiveError, match="replaced, added or removed"):
         armed.fire(1)
+
+
+def test_a_parameter_that_an_equal_one_replaced_is_an_error():
+    net = torch.nn.Linear(1, 1, bias=False)
+    armed = Armed(TorchTarget(net), Policy())
+    net.weight = torch.nn.Parameter(net.weight.detach().clone())
+    with pytest.raises(LiveError, match="'weight' was replaced"):
+        armed.fire(1)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float16])
+def test_another_dtype_in_the_same_place_makes_another_catalogue(dtype):
+    net = torch.nn.Linear(4, 4)
+    target = TorchTarget(net)
+    before = target.tensors
+    net.requires_grad_(False).weight.data = net.weight.data.view(dtype)
+    assert [t.number.name for t in before if "weight" in t.name] == ["float32"]
+    assert [t.dtype for t in target.tensors if "weight" in t.name] == [str(dtype).removeprefix("torch.")]
 
 
 def test_buffers_may_come_and_go():
