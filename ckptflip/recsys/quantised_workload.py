@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ckptflip import torch_h5
-from ckptflip.errors import CheckpointError, MissingExtraError, UsageError, WorkloadError
+from ckptflip.errors import MissingExtraError, UsageError, WorkloadError
 
 try:
     import torch
@@ -21,7 +21,7 @@ except ImportError as error:
 
 from ckptflip.faults.rowwise import LAYOUTS, Rowwise, parse
 from ckptflip.recsys.tables.quantised import dequantise, quantise
-from ckptflip.training.checks import no_state
+from ckptflip.training.checks import check_parts, no_state
 from ckptflip.training.digests import state_digest
 from ckptflip.training.pytorch import TorchWorkload
 
@@ -126,17 +126,7 @@ class ServedWorkload:
             WorkloadError: it belongs to another workload, or its model has another form.
         """
         state = torch_h5.load(path)
-        missing = _PARTS - set(state) if isinstance(state, dict) else _PARTS
-        if missing:
-            raise WorkloadError(
-                f"{path} is no checkpoint of {self.name}: it lacks {', '.join(sorted(missing))}"
-            )
-        if state["workload"] != self.name:
-            raise WorkloadError(f"{path} belongs to the workload {state['workload']!r}, not to {self.name!r}")
-        if not all(type(state[part]) is int and state[part] >= 0 for part in ("seed", "epoch")):
-            raise CheckpointError(
-                f"{path} is damaged: seed {state['seed']!r} and epoch {state['epoch']!r} are not counts"
-            )
+        check_parts(state, _PARTS, self.name, str(path))
         if self._state is None:
             self._trained.start(state["seed"])  # for the model's form; its weights are replaced
         self._check(state["model"], str(path))

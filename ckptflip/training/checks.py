@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from typing import Any
 
-from ckptflip.errors import UsageError, WorkloadError
+from ckptflip.errors import CheckpointError, UsageError, WorkloadError
 
 
 def check_sizes(batch_size: int, test_batch: int, threads: int) -> None:
@@ -24,6 +24,24 @@ def check_samples(name: str, pairs: Iterable[tuple[Any, Any]]) -> None:
                 f"workload {name}: {len(inputs)} inputs and {len(targets)} targets; both sets "
                 "need samples, and as many of the one as of the other"
             )
+
+
+def check_parts(state: Any, parts: Set[str], name: str, path: str) -> None:
+    """Raise unless a checkpoint holds the parts of a workload that is measured alone, seed and epoch among them.
+
+    Raises:
+        CheckpointError: seed and epoch are not counts.
+        WorkloadError: parts are missing, or they are of another workload.
+    """
+    missing = parts - set(state) if isinstance(state, dict) else parts
+    if missing:
+        raise WorkloadError(f"{path} is no checkpoint of {name}: it lacks {', '.join(sorted(missing))}")
+    if state["workload"] != name:
+        raise WorkloadError(f"{path} belongs to the workload {state['workload']!r}, not to {name!r}")
+    if not all(type(state[part]) is int and state[part] >= 0 for part in ("seed", "epoch")):
+        raise CheckpointError(
+            f"{path} is damaged: seed {state['seed']!r} and epoch {state['epoch']!r} are not counts"
+        )
 
 
 def no_state(name: str) -> WorkloadError:

@@ -183,16 +183,6 @@ class TorchWorkload:
         named = metric if isinstance(metric, dict) else {"accuracy": float(metric)}
         return {"loss": loss} | named
 
-    def training_batches(self, samples: int, batch: int) -> list[tuple[torch.Tensor, ...]]:
-        """The first training inputs, in their order, as the model takes them.
-
-        Args:
-            samples: how many at most.
-            batch: how many at once.
-        """
-        inputs = [part[:samples].split(batch) for part in _several(self._data()[0][0])]
-        return list(zip(*inputs, strict=True))
-
     def outputs(self, model: torch.nn.Module | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """The model's outputs for the test set, and the targets: what measures of pairs of runs need.
 

@@ -18,7 +18,7 @@ except ImportError as error:
 from ckptflip.protect.scoring.contender import Contender, Run
 from ckptflip.protect.scoring.contenders import CONTENDERS
 from ckptflip.protect.scoring.forms import Kind, form_of
-from ckptflip.training.checks import no_state
+from ckptflip.training.checks import check_parts, no_state
 from ckptflip.training.digests import state_digest
 from ckptflip.training.pytorch import TorchWorkload
 
@@ -144,17 +144,7 @@ class ScoredWorkload:
             WorkloadError: it belongs to another workload or architecture.
         """
         state = torch_h5.load(path)
-        missing = _PARTS - set(state) if isinstance(state, dict) else _PARTS
-        if missing:
-            raise WorkloadError(
-                f"{path} is no checkpoint of {self.name}: it lacks {', '.join(sorted(missing))}"
-            )
-        if state["workload"] != self.name:
-            raise WorkloadError(f"{path} belongs to the workload {state['workload']!r}, not to {self.name!r}")
-        if not all(type(state[part]) is int and state[part] >= 0 for part in ("seed", "epoch")):
-            raise CheckpointError(
-                f"{path} is damaged: seed {state['seed']!r} and epoch {state['epoch']!r} are not counts"
-            )
+        check_parts(state, _PARTS, self.name, str(path))
         if self._state is None:
             self._trained.start(state["seed"])  # for the model's form; its weights are replaced
         self._check(state, str(path))
@@ -214,7 +204,8 @@ class ScoredWorkload:
         return lambda: self._trained.outputs(model)[0]
 
     def _batches(self) -> list[tuple[torch.Tensor, ...]]:
-        return self._trained.training_batches(self._calibration, _BATCH)
+        inputs = (part[: self._calibration].split(_BATCH) for part in self._trained.inputs())
+        return list(zip(*inputs, strict=True))
 
     def _current(self) -> dict[str, Any]:
         if self._state is None:
