@@ -52,7 +52,8 @@ detection inside operators costs, and what it finds of faults in products and su
   intervals. What has no metric counts as chance.
 - Two contenders *differ* in a cell if Wilcoxon's signed-rank test says so (p ≤ {level:g}) after Holm's
   adjustment over the cells of the study.
-- Sentences are chosen by the script from the numbers; none was written after looking at them.
+- Sentences are chosen by the script from the numbers. What they compare was fixed before the runs; how they
+  are worded was not.
 """
 _CONTENDERS = """\
 | contender | what it is |

@@ -18,7 +18,7 @@ def findings(study: Study) -> list[str]:
     said = [_noticed(study), _silent(study), _recovered(study)]
     if {PUBLISHED, OURS} <= set(study.survivors):
         said.append(_clipping(study))
-    said.append(_clean(study))
+    said += [_clean(study), _memory(study)]
     return [each for each in said if each]
 
 
@@ -87,6 +87,11 @@ def _clean(study: Study) -> str:
         return f"On models without a fault no contender changes the mean {study.metric} by {SEEN:g} or more."
     falls = f"On models without a fault the mean {study.metric} falls by {listed(parts)}"
     return f"{falls}; of all others by less than {SEEN:g}."
+
+
+def _memory(study: Study) -> str:
+    parts = [f"`{name}` {percent(share)}" for name, share in study.memory.items()]
+    return f"Checks take, of the weights' memory: {listed(parts)}." if parts else ""
 
 
 def _name(study: Study, line: Line) -> str:

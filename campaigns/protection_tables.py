@@ -65,6 +65,7 @@ class Study:
         lines: its cells that have trials.
         controls: the restarts in which nothing was altered, by workload.
         chance: the metric of a model that knows nothing.
+        memory: bytes of a contender's checks as a share of what they guard, where it tells.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Study:
     lines: list[Line]
     controls: list[Line]
     chance: float
+    memory: dict[str, float]
 
     @classmethod
     def of(cls, name: str, store: Path) -> Study:
@@ -93,7 +95,13 @@ class Study:
             [_line(gathered, cell, by_trial, judged) for cell in cells if len(gathered.of(cell))]
             for cells in (gathered.cells, gathered.controls)
         )
-        return cls(name, gathered, lines, controls, float(gathered.spec["metric"].get("chance", 0)))
+        memory = {
+            metric.partition("/")[2]: float(curve.value.mean())
+            for metric, curve in values.items()
+            if metric.startswith("memory/")
+        }
+        chance = float(gathered.spec["metric"].get("chance", 0))
+        return cls(name, gathered, lines, controls, chance, memory)
 
     @property
     def metric(self) -> str:

@@ -27,7 +27,7 @@ def check_samples(name: str, pairs: Iterable[tuple[Any, Any]]) -> None:
 
 
 def check_parts(state: Any, parts: Set[str], name: str, path: str) -> None:
-    """Raise unless a checkpoint holds the parts of a workload that is measured alone, seed and epoch among them.
+    """Raise unless a checkpoint holds a workload's parts, for those that are measured and not trained on.
 
     Raises:
         CheckpointError: seed and epoch are not counts.
