@@ -18,7 +18,7 @@ from ckptflip.campaign.loading import label_of
 from ckptflip.campaign.outcomes import collapsed, nonfinite
 from ckptflip.campaign.spec import Campaign
 from ckptflip.campaign.store import Writer
-from ckptflip.campaign.task import CleanResult, CleanTask
+from ckptflip.campaign.task import CleanResult, CleanTask, WorkloadSpec
 from ckptflip.errors import CampaignError, UsageError
 
 
@@ -45,6 +45,16 @@ class CleanRun(msgspec.Struct, frozen=True, kw_only=True):
 
 
 Runs = dict[tuple[str, int], CleanRun]
+
+
+def clean_folder(store: Path) -> Path:
+    """Where a store's clean runs lie."""
+    return store.with_name(f"{store.name}.clean")
+
+
+def run_folder(folder: Path, workload: WorkloadSpec, seed: int) -> Path:
+    """Where one clean run lies in the folder of all."""
+    return folder / workload_key(workload) / f"seed_{seed}"
 
 
 def ready(
@@ -109,7 +119,7 @@ def _tasks(campaign: Campaign, writer: Writer, folder: Path) -> list[CleanTask]:
                     seed=seed,
                     until=max(until, run.until if run else 0),
                     keep=tuple(sorted({*keep, *(run.checkpoints if run else ())})),
-                    folder=str(folder / workload_key(workload) / f"seed_{seed}"),
+                    folder=str(run_folder(folder, workload, seed)),
                     keras_backend=campaign.keras_backend,
                 )
             )

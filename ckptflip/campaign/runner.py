@@ -15,8 +15,9 @@ from typing import Any
 import msgspec
 
 from ckptflip.campaign import loading
+from ckptflip.campaign.cell_checks import check_counts, checked
 from ckptflip.campaign.cells import Planned, expand
-from ckptflip.campaign.clean_stage import ready
+from ckptflip.campaign.clean_stage import clean_folder, ready
 from ckptflip.campaign.events import Happened, Told
 from ckptflip.campaign.executors import Limits, start
 from ckptflip.campaign.machine import environment_of, machine, versions
@@ -24,9 +25,8 @@ from ckptflip.campaign.shards import WHOLE, Shard
 from ckptflip.campaign.spec import Campaign
 from ckptflip.campaign.store import Writer, writing
 from ckptflip.campaign.store.rows import Cell
-from ckptflip.campaign.trial_stage import Stage, checked, finished_trials, unfinished
+from ckptflip.campaign.trial_stage import Finished, Stage, finished_trials, unfinished
 from ckptflip.errors import FailedTrialsError, UsageError
-from ckptflip.faults.row_counts import RowCounts
 
 
 class Summary(msgspec.Struct, frozen=True, kw_only=True):
@@ -58,6 +58,7 @@ def run(
     retry: bool = False,
     told: Told | None = None,
     command: str = "",
+    cells: Sequence[Planned] | None = None,
 ) -> Summary:
     """Run a campaign, or what is missing of it.
 
@@ -71,6 +72,7 @@ def run(
         retry: try trials again that crashed, hung or ran out of memory.
         told: called when something happened.
         command: the command line, for the store.
+        cells: the spec's, as `expand` gave them; None: they are expanded here.
 
     Raises:
         UsageError: the spec makes no sense, or is another than the store's and `extend` is not given.
@@ -79,7 +81,7 @@ def run(
     """
     began = time.perf_counter()
     spec = campaign if isinstance(campaign, Campaign) else loading.load(campaign)
-    cells = expand(spec)
+    cells = expand(spec) if cells is None else cells
     _check_shard(shard, spec)
     store = Path(store)
     with writing(store) as writer:
@@ -88,10 +90,11 @@ def run(
         writer.put_cells([_row(cell) for cell in cells], reopen=edited)
         if retry:
             _drop_failed(writer, told)
-        found, _ = _count(writer, cells)
-        if unfinished(spec, cells, writer, shard):
-            _work(spec, cells, writer, store, shard, executor, workers, told or _silent)
-        total, failed = _count(writer, cells)
+        finished = finished_trials(writer)
+        found, _ = _count(finished, cells)
+        if unfinished(spec, cells, finished, writer, shard):
+            _work(spec, cells, finished, writer, store, shard, executor, workers, told or _silent)
+        total, failed = _count(finished, cells)
     if not failed:
         # Logs of workers, which nobody asks for now.
         shutil.rmtree(_spool(store), ignore_errors=True)
@@ -109,6 +112,7 @@ def run(
 def _work(
     spec: Campaign,
     cells: Sequence[Planned],
+    finished: Finished,
     writer: Writer,
     store: Path,
     shard: Shard,
@@ -116,7 +120,7 @@ def _work(
     workers: int | None,
     told: Told,
 ) -> None:
-    _check_counts(cells)
+    check_counts(cells)
     name = executor or spec.executor.name
     same = name == spec.executor.name
     pool = start(
@@ -126,22 +130,15 @@ def _work(
         environment=environment_of(spec),
         options=dict(spec.executor.options) if same else {},
     )
-    finished = False
+    complete = False
     try:
-        runs = ready(spec, writer, pool, store.with_name(f"{store.name}.clean"), name, told)
-        strata = checked(spec, cells, runs, writer)
+        runs = ready(spec, writer, pool, clean_folder(store), name, told)
+        strata = checked(spec, cells, runs, finished, writer)
         limits = Limits(seconds=spec.executor.seconds, memory=spec.executor.memory)
-        Stage(spec, cells, runs, strata, writer, pool, name, limits, shard, told).work()
-        finished = True
+        Stage(spec, cells, runs, strata, finished, writer, pool, name, limits, shard, told).work()
+        complete = True
     finally:
-        pool.close(cancel=not finished)
-
-
-def _check_counts(cells: Sequence[Planned]) -> None:
-    """Refuse access counts that are not there before the clean runs, which may take hours."""
-    policies = [cell.policy for cell in cells if cell.policy is not None]
-    for path in {policy.rows_weight for policy in policies if policy.rows_weight is not None}:
-        RowCounts(path)
+        pool.close(cancel=not complete)
 
 
 def _revise(writer: Writer, spec: Campaign, extend: bool, command: str) -> bool:
@@ -223,9 +220,8 @@ def _row(cell: Planned) -> Cell:
     )  # fmt: skip
 
 
-def _count(writer: Writer, cells: Sequence[Planned]) -> tuple[int, int]:
+def _count(finished: Finished, cells: Sequence[Planned]) -> tuple[int, int]:
     """Finished trials of the spec's cells, and how many of them failed."""
-    finished = finished_trials(writer)
     outcomes = [outcome for cell in cells for outcome in finished[cell.key].values()]
     return len(outcomes), outcomes.count("")
 

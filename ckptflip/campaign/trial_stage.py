@@ -10,23 +10,21 @@ import msgspec
 
 from ckptflip.campaign import task as tasks
 from ckptflip.campaign.attempts import Attempts, Ended
+from ckptflip.campaign.cell_checks import Strata, reference_of
 from ckptflip.campaign.cells import Planned, run_seed, trial_seed
 from ckptflip.campaign.clean_stage import CleanRun, Runs
 from ckptflip.campaign.events import Happened, Told
 from ckptflip.campaign.executors import Executor, Job, Limits
 from ckptflip.campaign.outcomes import Judgement, judge
-from ckptflip.campaign.scheduling import Due, due, rounds_of
+from ckptflip.campaign.scheduling import Due, due
 from ckptflip.campaign.shards import Shard
 from ckptflip.campaign.spec import Campaign
 from ckptflip.campaign.store import Writer
-from ckptflip.campaign.store.rows import NewTrial, Stratum
-from ckptflip.campaign.strata import CellStratum, strata_of
+from ckptflip.campaign.store.rows import NewTrial
+from ckptflip.campaign.strata import CellStratum
 from ckptflip.campaign.task import TrialResult, TrialTask
-from ckptflip.checkpoints import opened
-from ckptflip.errors import CampaignError, CkptflipError, UsageError
 
 Finished = dict[str, dict[int, str]]
-Strata = dict[str, list[CellStratum]]
 
 
 class _Ticket(msgspec.Struct, frozen=True):
@@ -51,12 +49,13 @@ def finished_trials(writer: Writer) -> Finished:
     return found
 
 
-def unfinished(campaign: Campaign, cells: Sequence[Planned], writer: Writer, shard: Shard) -> bool:
+def unfinished(
+    campaign: Campaign, cells: Sequence[Planned], finished: Finished, writer: Writer, shard: Shard
+) -> bool:
     """Whether any cell wants trials that are not there, as far as that is known without the clean runs.
 
     A cell that turns out to have all it wants, as after a merge, is marked so.
     """
-    finished = finished_trials(writer)
     stopped = {cell.key for cell in writer.reader.cells() if cell.stopped is not None}
     found = False
     for cell in cells:
@@ -73,76 +72,6 @@ def unfinished(campaign: Campaign, cells: Sequence[Planned], writer: Writer, sha
     return found
 
 
-def checked(campaign: Campaign, cells: Sequence[Planned], runs: Runs, writer: Writer) -> Strata:
-    """Draw once for every cell, so that an impossible one is found before the first trial.
-
-    Returns:
-        The strata of the cells that have some, by key of the cell; the store knows them then.
-
-    Raises:
-        UsageError: a cell is impossible; the message says which and why.
-    """
-    strata: Strata = {}
-    for cell in cells:
-        if cell.policy is None:
-            continue
-        seed = trial_seed(campaign, cell, None, 0)
-        try:
-            _try(campaign, cell, runs, seed)
-            if campaign.trials.strata:
-                with opened(
-                    runs[cell.workload_label, campaign.clean.seeds[0]].checkpoint(cell.epoch)
-                ) as target:
-                    strata[cell.key] = strata_of(cell.policy, target.tensors, campaign.trials.strata)
-        except CkptflipError as why:
-            raise UsageError(
-                f"the cell {cell.label!r} of {cell.workload_label} at epoch {cell.epoch} is impossible: {why}"
-            ) from None
-        rows = [
-            Stratum(layer=s.layer, field=s.field, bits=s.bits, weight=s.weight)
-            for s in strata.get(cell.key, [])
-        ]
-        if rows:
-            writer.put_strata(cell.key, rows)
-    if strata:
-        _check_drawn(campaign, [cell for cell in cells if cell.key in strata], strata, writer)
-    return strata
-
-
-def _check_drawn(campaign: Campaign, cells: Sequence[Planned], strata: Strata, writer: Writer) -> None:
-    """Refuse a store whose trials were drawn from other strata than their outcomes say."""
-    stored, outcomes = writer.finished(), finished_trials(writer)
-    for cell in cells:
-        named = [(stratum.layer, stratum.field) for stratum in strata[cell.key]]
-        weights = [stratum.weight for stratum in strata[cell.key]]
-        drawn = rounds_of(campaign, cell, outcomes[cell.key], weights).drawn
-        for stratum, numbers in stored.get(cell.key, {}).items():
-            if any(n >= len(drawn) or named[drawn[n]] != stratum for n in numbers):
-                raise CampaignError(
-                    f"{writer.path}: the trials of {cell.label!r} were drawn from other strata than this "
-                    "spec draws them from; begin a new store"
-                )
-
-
-def _try(campaign: Campaign, cell: Planned, runs: Runs, seed: int) -> None:
-    import ckptflip
-
-    run = runs[cell.workload_label, run_seed(campaign, seed)]
-    reference = _reference(campaign, cell, runs, run_seed(campaign, seed))
-    source = reference or run.checkpoint(cell.epoch)
-    drawn = ckptflip.inject(source, policy=cell.policy, seed=seed, dry_run=True)
-    if reference is not None:
-        ckptflip.replay(drawn, run.checkpoint(cell.epoch), map="auto", source=reference, dry_run=True)
-
-
-def _reference(campaign: Campaign, cell: Planned, runs: Runs, seed: int) -> str | None:
-    """The checkpoint that equivalent faults are drawn on; None where they are drawn on the cell's own."""
-    label = campaign.trials.equivalent
-    if label is None or label == cell.workload_label or cell.policy is None:
-        return None
-    return runs[label, seed].checkpoint(cell.epoch)
-
-
 class Stage:
     """The trials of a campaign, as they are run.
 
@@ -151,6 +80,7 @@ class Stage:
         cells: its cells.
         runs: the clean runs.
         strata: of the cells that have some.
+        finished: the trials that the store has; those that are run are added.
         writer: of the store.
         pool: runs the trials.
         executor: its name.
@@ -165,6 +95,7 @@ class Stage:
         cells: Sequence[Planned],
         runs: Runs,
         strata: Strata,
+        finished: Finished,
         writer: Writer,
         pool: Executor,
         executor: str,
@@ -176,7 +107,7 @@ class Stage:
         self._writer, self._slots, self._limits, self._shard = writer, pool.slots, limits, shard
         self._told = told
         self._attempts = Attempts(writer, pool, executor, campaign.executor.retries, told)
-        self._finished = finished_trials(writer)
+        self._finished = finished
         self._open = {cell.key: cell for cell in cells}
         self._queue: deque[_Ticket] = deque()
         self._tickets: dict[str, _Ticket] = {}
@@ -242,7 +173,7 @@ class Stage:
             until=cell.until,
             policy=cell.policy if ticket.stratum is None else ticket.stratum.policy,
             seed=ticket.seed,
-            reference=_reference(campaign, cell, self._runs, ticket.run_seed),
+            reference=reference_of(campaign, cell, self._runs, ticket.run_seed),
             clean={e: d for e, d in run.digests.items() if cell.epoch <= e <= cell.until},
             collapsed=campaign.shortcuts.collapsed,
             # A restart without change is there to be trained.
