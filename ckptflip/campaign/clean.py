@@ -36,7 +36,7 @@ def run(task: CleanTask) -> CleanResult:
     began = time.perf_counter()
     folder = Path(task.folder)
     folder.mkdir(parents=True, exist_ok=True)
-    known = _known(folder)
+    known = noted(folder)
     workload = worker.workload_of(task.workload, task.seed, task.keras_backend)
     suffix = harness.suffix_of(workload)
     if _complete(known, task):
@@ -84,6 +84,18 @@ def digest_of(path: Path) -> str:
         return ""
 
 
+def noted(folder: Path) -> CleanResult:
+    """What is noted in a clean run's folder, less the files that are gone or no longer what they were."""
+    try:
+        found = tasks.decode_result((folder / PROGRESS).read_bytes())
+    except (OSError, msgspec.MsgspecError):
+        return CleanResult()
+    if not isinstance(found, CleanResult):
+        return CleanResult()
+    files = {name: digest for name, digest in found.files.items() if digest_of(folder / name) == digest}
+    return msgspec.structs.replace(found, files=files)
+
+
 def _saved(workload: Workload, path: Path) -> str:
     """Save a checkpoint, under its name only when it is complete and on disk; its digest."""
     draft = path.with_name(f"draft{path.suffix}")
@@ -98,18 +110,6 @@ def _saved(workload: Workload, path: Path) -> str:
         shutil.rmtree(path)
     draft.rename(path)
     return digest_of(path)
-
-
-def _known(folder: Path) -> CleanResult:
-    """What was noted in the folder, less the checkpoints that are gone or no longer what they were."""
-    try:
-        found = tasks.decode_result((folder / PROGRESS).read_bytes())
-    except (OSError, msgspec.MsgspecError):
-        return CleanResult()
-    if not isinstance(found, CleanResult):
-        return CleanResult()
-    files = {name: digest for name, digest in found.files.items() if digest_of(folder / name) == digest}
-    return msgspec.structs.replace(found, files=files)
 
 
 def _complete(known: CleanResult, task: CleanTask) -> bool:

@@ -40,6 +40,21 @@ def perform(payload: bytes) -> bytes:
         return task.encode(_failed(asked, state, f"{type(error).__name__}: {error}"))
 
 
+def made(spec: WorkloadSpec, keras_backend: str | None) -> Workload:
+    """A workload in this process, not kept.
+
+    Args:
+        spec: which.
+        keras_backend: what the spec asks for.
+
+    Raises:
+        WorkloadError: there is no such workload, or Keras runs on another backend in this process.
+        CkptflipError: it cannot be made with these options.
+    """
+    _settle_backend(keras_backend)
+    return find(loading.registered(spec), **spec.options)
+
+
 def workload_of(spec: WorkloadSpec, seed: int, keras_backend: str | None) -> Workload:
     """A workload for a task, kept from task to task with its data.
 
@@ -51,18 +66,13 @@ def workload_of(spec: WorkloadSpec, seed: int, keras_backend: str | None) -> Wor
     Raises:
         WorkloadError: there is no such workload, or Keras runs on another backend in this process.
     """
-    name = loading.registered(spec)
-    if keras_backend is not None and os.environ.setdefault("KERAS_BACKEND", keras_backend) != keras_backend:
-        raise WorkloadError(
-            f"the spec asks for Keras on {keras_backend}, and this worker runs it on "
-            f"{os.environ['KERAS_BACKEND']}"
-        )
-    encoded = msgspec.json.encode([name, spec.options], order="deterministic")
+    _settle_backend(keras_backend)
+    encoded = msgspec.json.encode([loading.registered(spec), spec.options], order="deterministic")
     for key in ((encoded, None), (encoded, seed)):
         if key in _kept:
             _kept.move_to_end(key)
             return _kept[key]
-    found = find(name, **spec.options)
+    found = made(spec, keras_backend)
     _kept[encoded, seed if hasattr(found, "reload") else None] = found
     while len(_kept) > _MOST_KEPT:
         _kept.popitem(last=False)
@@ -72,6 +82,14 @@ def workload_of(spec: WorkloadSpec, seed: int, keras_backend: str | None) -> Wor
 def host() -> str:
     """The machine's name."""
     return platform.node()
+
+
+def _settle_backend(keras_backend: str | None) -> None:
+    if keras_backend is not None and os.environ.setdefault("KERAS_BACKEND", keras_backend) != keras_backend:
+        raise WorkloadError(
+            f"the spec asks for Keras on {keras_backend}, and this worker runs it on "
+            f"{os.environ['KERAS_BACKEND']}"
+        )
 
 
 def _carried_out(asked: task.Task) -> Result:

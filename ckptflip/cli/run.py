@@ -30,7 +30,10 @@ _PACE = 10.0
 @click.option("--shard", metavar="I/N", help="Run part I of N alone; `ckptflip merge` unites the stores.")
 @click.option("--extend", is_flag=True, help="Accept an edited spec: more cells or trials. Nothing is lost.")
 @click.option("--retry", is_flag=True, help="Try failed trials again.")
-@click.option("--dry-run", is_flag=True, help="List the cells; run nothing.")
+@click.option(
+    "--dry-run", is_flag=True,
+    help="List the cells, find the workloads, try policies on clean runs of --store; train nothing.",
+)  # fmt: skip
 @click.option("--example", is_flag=True, help="Print a small spec to begin with, and end.")
 @click.option("--schema", is_flag=True, help="Print the JSON Schema of a spec, for editors, and end.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
@@ -63,6 +66,7 @@ def command(
         raise UsageError(f"campaign {campaign}: {why}") from None
     if dry_run:
         _list_cells(spec, cells)
+        _look(spec, cells, store)
         return
     if store is None:
         raise UsageError("name the file for the results: --store runs.db")
@@ -80,6 +84,7 @@ def command(
                 extend=extend,
                 retry=retry,
                 told=progress.told,
+                cells=cells,
             )
         except KeyboardInterrupt:
             progress.say("what is finished is kept; the same command goes on")
@@ -100,7 +105,22 @@ def _list_cells(spec: Any, cells: Any) -> None:
     most = "at most " if spec.trials.stop is not None else ""
     trials = many(sum(cell.wanted for cell in cells), "trial")
     count = many(len(cells), "cell")
-    say(f"{count}, {most}{trials}; dry run: nothing was run, no workload or tensor was looked for")
+    say(f"{count}, {most}{trials}; dry run: nothing is trained")
+
+
+def _look(spec: Any, cells: Any, store: Path | None) -> None:
+    from ckptflip.campaign import dry_run
+    from ckptflip.campaign.clean_stage import clean_folder
+    from ckptflip.cli.output import many, say
+
+    folder = None if store is None else clean_folder(store)
+    found = dry_run.look(spec, cells, folder)
+    say(f"found {many(found.workloads, 'workload')}; not started, so data may still be missing")
+    if found.tried:
+        say(f"drew once for {many(found.tried, 'altered cell')} on the clean checkpoints: possible")
+    if found.untried:
+        where = "no --store is named" if folder is None else f"their checkpoints are not yet in {folder}"
+        say(f"no tensor was looked for of {many(found.untried, 'altered cell')}: {where}")
 
 
 class _Progress:
