@@ -29,9 +29,12 @@ from ckptflip.campaign.executors import Job, start
 signal.signal(signal.SIGINT, signal.default_int_handler)
 executor = start("local", workers=2, call="executor_calls:perform", folder=Path(sys.argv[1]))
 executor.submit([Job(str(i), text.encode()) for i, text in enumerate(sys.argv[2:])])
+left = len(sys.argv) - 2
 try:
-    for _ in sys.argv[2:]:
-        print(executor.wait()[0].answer, flush=True)
+    while left:
+        for report in executor.wait():
+            print(report.answer, flush=True)
+            left -= 1
 except KeyboardInterrupt:
     executor.close(cancel=True)
     print("interrupted")
