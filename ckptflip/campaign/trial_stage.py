@@ -16,7 +16,7 @@ from ckptflip.campaign.clean_stage import CleanRun, Runs
 from ckptflip.campaign.events import Happened, Told
 from ckptflip.campaign.executors import Executor, Job, Limits
 from ckptflip.campaign.outcomes import Judgement, judge
-from ckptflip.campaign.scheduling import Due, due
+from ckptflip.campaign.scheduling import Due, Past, due
 from ckptflip.campaign.shards import Shard
 from ckptflip.campaign.spec import Campaign
 from ckptflip.campaign.store import Writer
@@ -109,6 +109,7 @@ class Stage:
         self._attempts = Attempts(writer, pool, executor, campaign.executor.retries, told)
         self._finished = finished
         self._open = {cell.key: cell for cell in cells}
+        self._past = {key: Past() for key in self._open}
         self._queue: deque[_Ticket] = deque()
         self._tickets: dict[str, _Ticket] = {}
         self._outstanding = dict.fromkeys(self._open, 0)
@@ -146,7 +147,9 @@ class Stage:
             if self._outstanding[key]:
                 continue
             strata = self._strata.get(key, [])
-            asked = due(self._campaign, cell, self._finished[key], [s.weight for s in strata])
+            asked = due(
+                self._campaign, cell, self._finished[key], [s.weight for s in strata], self._past[key]
+            )
             missing = _missing(asked, self._finished[key], cell, self._shard)
             if not missing:
                 del self._open[key]

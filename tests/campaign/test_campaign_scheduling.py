@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from ckptflip.campaign import loading
+from ckptflip.campaign import loading, scheduling
 from ckptflip.campaign.cells import expand
-from ckptflip.campaign.scheduling import due, rounds_of, rule_of
-from ckptflip.campaign.statistics import stopped
+from ckptflip.campaign.scheduling import Past, due, rounds_of, rule_of
+from ckptflip.campaign.statistics import stopped, weighted_sequence
 
 BAD_RATE = {"sign": 0.02, "critical": 0.7}
 
@@ -88,3 +88,40 @@ def test_strata_are_drawn_alike_in_any_order(trials: dict[str, Any]) -> None:
     # What was seen in the first round decides where the next ones look: more often at the critical bit.
     assert rounds.probabilities[0].tolist() == pytest.approx(weights)
     assert rounds.probabilities[-1][1] > 4 * weights[1]
+
+
+@pytest.mark.parametrize(
+    "trials",
+    [
+        {"per_cell": 180},
+        {"stop": {"half_width": 0.05, "at_most": 2000, "batch": 60}},
+        {"stop": {"half_width": 0.01, "at_most": 130, "batch": 20, "at_least": 60}},
+    ],
+)
+def test_what_is_kept_of_finished_rounds_changes_nothing(
+    trials: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec, cell = made(strata=["field"], **trials)
+    weights, rates = [1 / 32, 1 / 32, 30 / 32], [0.02, 0.7, 0.001]
+    finished, reason = played(spec, cell, rates, weights, 0)
+    draw, places, past, ended = scheduling.drawn_strata, [], Past(), None
+    monkeypatch.setattr(
+        scheduling, "drawn_strata", lambda *a, place: places.append(place) or draw(*a, place=place)
+    )
+    # Trial by trial, in the order of the numbers and, in each round, backwards.
+    known: dict[int, str] = {}
+    while ended is None:
+        asked = due(spec, cell, known, weights, past)
+        ended = asked.reason
+        for n, _ in [each for each in asked.trials[::-1] if each[0] not in known]:
+            known[n] = finished[n]
+            due(spec, cell, known, weights, past)
+    assert (known, ended) == (finished, reason)
+    assert places == list(range(len(past.trials)))  # each round was drawn once
+    anew, kept = rounds_of(spec, cell, known, weights), rounds_of(spec, cell, known, weights, past)
+    assert kept.drawn == anew.drawn == tuple(past.drawn)
+    for name in ("probabilities", "events", "trials"):
+        assert getattr(kept, name).tolist() == getattr(anew, name).tolist()
+    if (rule := spec.trials.stop) is not None:
+        ends = weighted_sequence(weights, kept.probabilities, kept.events, kept.trials, rule.confidence)
+        assert (past.ends.low[0], past.ends.high[0]) == (ends[0][-1], ends[1][-1])
