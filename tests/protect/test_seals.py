@@ -531,3 +531,36 @@ def test_a_checkpoint_saved_anew_is_one_range(tmp_path: Path) -> None:
     (original / "part/0.bin").write_bytes(np.random.default_rng(9).bytes(40 * BLOCK))
     found = ckptflip.verify(original)
     assert [(d.what, d.start, d.end) for d in found.damage] == [("changed", 0, 40 * BLOCK)]
+
+
+@pytest.mark.parametrize("workers", [0, -1])
+def test_no_threads_are_no_verdict(workers: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "w.npy"
+    np.save(path, np.zeros(5000))
+    ckptflip.seal(path)
+    flip(path, [10_000])
+    for act in (ckptflip.verify, ckptflip.repair):
+        with pytest.raises(UsageError, match="workers must be 1 or more"):
+            act(path, workers=workers)
+    for command in ("seal", "verify", "repair"):
+        assert run([command, str(path), "--workers", str(workers)]) == 2
+    capsys.readouterr()
+    assert not ckptflip.verify(path).intact
+
+
+def test_names_that_are_no_text_are_refused(tmp_path: Path) -> None:
+    for name in (b"run/w\xff.bin", b"run/\xfe/w.bin"):
+        folder = tmp_path / "run"
+        file = tmp_path / os.fsdecode(name)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"weights")
+        with pytest.raises(CheckpointError, match="not UTF-8"):
+            ckptflip.seal(folder)
+        shutil.rmtree(folder)
+        assert not sidecar.beside(folder).exists()
+
+
+@pytest.mark.parametrize("name", ["a" * 256, "/".join(["a" * 200] * 20), "ä" * 128])
+def test_names_too_long_for_any_file_lead_nowhere(name: str) -> None:
+    assert not sidecar.is_inside(name)
+    assert sidecar.is_inside(name[:100])

@@ -80,6 +80,7 @@ def repair(
     """
     if in_place and out is not None:
         raise UsageError("an output and in-place were both asked for; choose one")
+    threads = workers_for(workers)
     path, read = opened_seal(Path(checkpoint), seal)
     target = None if in_place else Path(out) if out is not None else _default(path, read.header.kind)
     if target is not None:
@@ -89,7 +90,7 @@ def repair(
         for file in paths[:_MOST_LOCKS]:
             if file.is_file():
                 held.enter_context(locked(file, exclusive=in_place))
-        found = checked(read, path, workers_for(workers), progress)
+        found = checked(read, path, threads, progress)
         findings, cells = _all(found)
         left = len(findings.unmended)
         if found.whole or (left and not partial):
@@ -98,7 +99,7 @@ def repair(
             _check_links(paths, root)
             _in_place(found, cells)
         else:
-            _to_new(found, cells, target, findings.unmended, workers, overwrite=overwrite)
+            _to_new(found, cells, target, findings.unmended, threads, overwrite=overwrite)
         shown = verdict(found, path, findings, _shown(found, path, target))
     return Repaired(target or path, shown, len(found.bad) - left, left, not left)
 
@@ -175,7 +176,7 @@ def _to_new(
     cells: Callable[[], Iterable[Cell]],
     target: Path,
     unmended: Sequence[int],
-    workers: int | None,
+    workers: int,
     *,
     overwrite: bool,
 ) -> None:
@@ -216,13 +217,13 @@ def _copy(
     cells: Callable[[], Iterable[Cell]],
     copies: Sequence[Path],
     unmended: Sequence[int],
-    workers: int | None,
+    workers: int,
 ) -> None:
     for source, size, copy in zip(found.paths, found.sizes, copies, strict=True):
         if size is not None:
             files.copy(source, copy)
     _write(found, cells(), copies)
-    again = Checked(found.seal, copies).run(workers_for(workers), None)
+    again = Checked(found.seal, copies).run(workers, None)
     if set(again.bad) - set(unmended):
         raise CheckpointError(f"{copies[0].parent} does not give back what was written: the disk is at fault")
 

@@ -91,18 +91,18 @@ def seal(
         raise UsageError(
             f"what repair may cost must be {_LEAST_COST} to {_MOST_COST} of the checkpoint, not {repair}"
         )
-    if workers is not None and workers < 1:
-        raise UsageError(f"workers must be 1 or more, not {workers}")
+    threads = workers_for(workers)
     with members(Path(checkpoint)) as found:
         path = Path(out) if out is not None else sidecar.beside(found.path)
         files.check_new(path, overwrite=overwrite)
         _check_apart(path, found)
+        _check_names(found)
         before = [state_of(p) for p in found.paths]
         sizes = [_size(p, s) for p, s in zip(found.paths, before, strict=True)]
         cuts = cut(sizes, block_for(sum(sizes)))
         groups = groups_for(cuts.blocks, repair) if repair is not None and cuts.blocks else None
         with files.new_file(path, overwrite=overwrite) as temporary:
-            length = _write(temporary, found, sizes, cuts, groups, workers_for(workers), progress)
+            length = _write(temporary, found, sizes, cuts, groups, threads, progress)
             _check_unchanged(found.paths, before)
         files.sync(path)
     count, shares = (groups.count, groups.shares) if groups else (0, 0)
@@ -185,6 +185,20 @@ def _check_apart(path: Path, found: Members) -> None:
         raise UsageError(f"{path} would lie in the folder that it seals; name another place with -o")
     if path.resolve() in {p.resolve() for p in found.paths}:
         raise UsageError(f"{path} belongs to the checkpoint itself; name another with -o")
+
+
+def _check_names(found: Members) -> None:
+    """Refuse names that a seal, which keeps them as text, could not hold or would refuse when it is read."""
+    for name in (found.path.name, *found.names):
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise CheckpointError(
+                f"the name {os.fsencode(name)!r} is not UTF-8, and a seal keeps names as text: rename the file"
+            ) from None
+    for name in found.names:
+        if not sidecar.is_inside(name):
+            raise CheckpointError(f"the name {name!r} is one that no seal can hold: rename the file")
 
 
 def _check_unchanged(paths: Sequence[Path], before: Sequence[State | None]) -> None:

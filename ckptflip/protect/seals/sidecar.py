@@ -33,6 +33,8 @@ KINDS = ("file", "files", "folder")
 _ROOT = 32
 _ENDS = 16
 _MOST_FILES = 1 << 20
+# What file systems take; longer names are no files, and asking for them is an error.
+_LONGEST_PART, _LONGEST_NAME = 255, 2048
 _MOST_HEADER = 1 << 28
 _MOST_BYTES = 1 << 60
 _Size = Annotated[int, Meta(ge=0, le=_MOST_BYTES)]
@@ -255,4 +257,5 @@ def is_inside(name: str) -> bool:
         (True, False, False, False)
     """
     parts = name.split("/")
-    return "\0" not in name and all(p not in ("", ".", "..") for p in parts)
+    usual = all(p not in ("", ".", "..") and len(os.fsencode(p)) <= _LONGEST_PART for p in parts)
+    return usual and "\0" not in name and len(os.fsencode(name)) <= _LONGEST_NAME

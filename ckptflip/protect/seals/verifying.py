@@ -8,7 +8,7 @@ from pathlib import Path
 from msgspec import Struct
 
 from ckptflip.checkpoints.files import Progress, locked
-from ckptflip.errors import DamagedCheckpointError, UsageError
+from ckptflip.errors import DamagedCheckpointError
 from ckptflip.protect.seals import sidecar
 from ckptflip.protect.seals.checking import Checked, checked
 from ckptflip.protect.seals.findings import Damage, Findings
@@ -89,12 +89,13 @@ def verify(
         >>> [(d.tensor, d.element, d.bit) for d in verify(path).damage]
         [('array', 7, 30)]
     """
+    threads = workers_for(workers)
     path, read = opened_seal(Path(checkpoint), seal)
     with ExitStack() as held:
         for file in paths_of(read.header, path)[0][:_MOST_LOCKS]:
             if file.is_file():
                 held.enter_context(locked(file, exclusive=False))
-        found = checked(read, path, _workers(workers), progress)
+        found = checked(read, path, threads, progress)
         return verdict(found, path, findings_of(found))
 
 
@@ -201,9 +202,3 @@ def _place(damage: Damage) -> str:
         return f"{damage.file} {words[damage.what]}"
     tensor = f" ({damage.tensor})" if damage.tensor else ""
     return f"bytes {damage.start} to {damage.end} of {damage.file}{tensor}"
-
-
-def _workers(wanted: int | None) -> int:
-    if wanted is not None and wanted < 1:
-        raise UsageError(f"workers must be 1 or more, not {wanted}")
-    return workers_for(wanted)

@@ -7,12 +7,20 @@ import threading
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
+from ckptflip.errors import UsageError
+
 T = TypeVar("T")
 _MOST = 8
 
 
 def workers_for(wanted: int | None) -> int:
-    """How many threads: as many as were asked for, else one for each processor up to eight."""
+    """How many threads: as many as were asked for, else one for each processor up to eight.
+
+    Raises:
+        UsageError: less than one was asked for.
+    """
+    if wanted is not None and wanted < 1:
+        raise UsageError(f"workers must be 1 or more, not {wanted}")
     return wanted if wanted is not None else min(_MOST, os.cpu_count() or 1)
 
 
