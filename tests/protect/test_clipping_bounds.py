@@ -132,3 +132,16 @@ def test_a_missing_file_is_said(tmp_path):
 def test_a_handling_that_does_not_exist():
     with pytest.raises(UsageError, match="did you mean 'zero'"):
         Bounds((), "range").handling(nan="zer")
+
+
+def test_a_file_that_nests_without_end_is_refused(tmp_path):
+    path = tmp_path / "bounds.json"
+    path.write_bytes(b'{"layers":[],"rule":"range","more":' + b"[" * 100_000 + b"]" * 100_000 + b"}")
+    with pytest.raises(CheckpointError, match="no file of bounds"):
+        load(path)
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path):
+    for path in (tmp_path, tmp_path / "missing/bounds.json"):
+        with pytest.raises(CheckpointError, match="cannot be written"):
+            Bounds((Bound("fc", "Linear", -1.0, 2.0),), rule="range").save(path)

@@ -152,6 +152,30 @@ def test_other_precisions(dtype):
         assert model(x).isfinite().all() and block.values == 16
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_the_range_holds_its_own_data_in_every_precision(dtype):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)).to(dtype).eval()
+    x = torch.rand(64, 8, dtype=dtype)
+    clean = model(x)
+    with clipping.clipped(model, clipping.calibrate(model, [x])) as block:
+        assert torch.equal(model(x), clean) and not block.values
+
+
+def test_float64_has_a_wider_range_than_float32():
+    model = nn.Sequential(nn.Linear(1, 1, bias=False)).double()
+    with torch.no_grad():
+        model[0].weight.fill_(1e60)
+    bounds = clipping.calibrate(model, [torch.tensor([[-1.0], [2.0]], dtype=torch.float64)])
+    assert (bounds["0"].low, bounds["0"].high) == (-1e60, 2e60)
+
+
+@pytest.mark.parametrize("bounds", [None, {}, "bounds.json"])
+def test_what_is_no_bounds_is_refused(bounds):
+    with pytest.raises(UsageError, match="bounds are what calibrate, fixed or load gave"):
+        clipping.clip(nn.Linear(2, 2), bounds)
+
+
 def test_gradients_pass_where_values_do():
     model = nn.Sequential(nn.Linear(1, 3), nn.ReLU(), nn.Linear(3, 1))
     with torch.no_grad():

@@ -117,6 +117,8 @@ def clip(model: Any, bounds: Bounds, *, outside: str | None = None, nan: str | N
     Raises:
         UsageError: bounds of another model; a model that is clipped, compiled or scripted already.
     """
+    if not isinstance(bounds, Bounds):
+        raise UsageError(f"bounds are what calibrate, fixed or load gave, not {type(bounds).__name__}")
     return adapter(model).clip(model, bounds.handling(outside, nan))
 
 

@@ -108,8 +108,15 @@ class Bounds(Struct, frozen=True):
         return below, above, named.get(self.nan, bound.high)
 
     def save(self, path: str | Path) -> None:
-        """Write the bounds to a JSON file."""
-        Path(path).write_bytes(msgspec.json.format(msgspec.json.encode(self), indent=1) + b"\n")
+        """Write the bounds to a JSON file.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
+        try:
+            Path(path).write_bytes(msgspec.json.format(msgspec.json.encode(self), indent=1) + b"\n")
+        except OSError as why:
+            raise CheckpointError(f"bounds cannot be written to {path}: {why.strerror}") from None
 
 
 def load(path: str | Path) -> Bounds:
@@ -133,7 +140,7 @@ def load(path: str | Path) -> Bounds:
         return msgspec.json.decode(path.read_bytes(), type=Bounds)
     except OSError as why:
         raise CheckpointError(f"bounds cannot be read from {path}: {why.strerror}") from None
-    except (msgspec.MsgspecError, UnicodeDecodeError) as why:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as why:
         raise CheckpointError(f"{path} is no file of bounds: {why}; write one with Bounds.save") from None
 
 

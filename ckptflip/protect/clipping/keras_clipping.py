@@ -13,7 +13,6 @@ from ckptflip.errors import SelectionError, UsageError
 from ckptflip.protect.clipping.bounds import Bound, Bounds, check_layers, unknown
 from ckptflip.protect.clipping.keras_counting import Counter, counter
 from ckptflip.protect.clipping.part import Clipped, Seen
-from ckptflip.protect.clipping.rules import as_floats
 from ckptflip.protect.clipping.spread import Spread
 
 
@@ -69,8 +68,8 @@ class _Observing:
         output = self._call(*given, **named)
         for tensor in keras.tree.flatten(output):
             if _is_float(tensor):
-                values = keras.ops.convert_to_numpy(keras.ops.cast(tensor, "float32"))
-                self._spread.add(as_floats(values))
+                wide = "float64" if keras.backend.standardize_dtype(tensor.dtype) == "float64" else "float32"
+                self._spread.add(keras.ops.convert_to_numpy(keras.ops.cast(tensor, wide)))
         return output
 
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 
-import numpy as np
 from msgspec import Struct
-from numpy.typing import NDArray
 
 from ckptflip.errors import UsageError
 from ckptflip.protect.clipping.spread import Spread
@@ -46,6 +44,7 @@ class Rule(Struct, frozen=True):
             spread: what the layer gave.
 
         Example:
+            >>> import numpy as np
             >>> spread = Spread()
             >>> spread.add(np.array([-1.0, 0.0, 3.0], np.float32))
             >>> parse("range", 0.5).bounds(spread)
@@ -86,9 +85,3 @@ def parse(text: str, margin: float = 0.0) -> Rule:
     if not (math.isfinite(number) and number > 0):
         raise UsageError(f"a fixed bound is more than 0 and finite, not {given}")
     return Rule(kind, number, 0.0 if kind == "fixed" else margin)
-
-
-def as_floats(values: NDArray[np.generic]) -> NDArray[np.float32]:
-    """Values of any float format as float32; what is beyond its range becomes infinite."""
-    with np.errstate(over="ignore"):
-        return np.ascontiguousarray(values, np.float32)

@@ -13,7 +13,7 @@ _KEYS = 1 << 16
 
 
 class Spread:
-    """Counts of float32 values by the upper half of their words.
+    """Counts of float32 and float64 values by the upper half of their words in float32.
 
     A float32 read as an integer, with its bits inverted where it is negative, keeps its order; its upper 16
     bits tell values apart by a part in 128 or less. Percentiles are rounded outwards to that, and never
@@ -44,8 +44,8 @@ class Spread:
         """The mean of the values; NaN of none."""
         return self._sum / self.count if self.count else nan
 
-    def add(self, values: NDArray[np.float32]) -> None:
-        """Add values, float32 of any shape."""
+    def add(self, values: NDArray[np.float32 | np.float64]) -> None:
+        """Add values, float32 or float64 of any shape."""
         flat = values.ravel()
         finite = np.isfinite(flat)
         if not finite.all():
@@ -56,7 +56,7 @@ class Spread:
         self.count += flat.size
         self.low, self.high = min(self.low, float(flat.min())), max(self.high, float(flat.max()))
         self._sum += float(flat.sum(dtype=np.float64))
-        self._counts += np.bincount(_keys(flat) >> np.uint32(16), minlength=_KEYS)
+        self._counts += np.bincount(_keys(_narrow(flat)) >> np.uint32(16), minlength=_KEYS)
         self.__dict__.pop("_ends", None)
 
     def between(self, share: float) -> tuple[float, float]:
@@ -79,6 +79,11 @@ class Spread:
     @cached_property
     def _ends(self) -> NDArray[np.int64]:
         return np.cumsum(self._counts)
+
+
+def _narrow(values: NDArray[np.float32 | np.float64]) -> NDArray[np.float32]:
+    with np.errstate(over="ignore"):
+        return values.astype(np.float32, copy=False)
 
 
 def _keys(values: NDArray[np.float32]) -> NDArray[np.uint32]:

@@ -14,7 +14,6 @@ from ckptflip.live.torch_modules import Chosen, Wanted
 from ckptflip.live.torch_values import leaves
 from ckptflip.protect.clipping.bounds import Bound, Bounds, check_layers
 from ckptflip.protect.clipping.part import Clipped
-from ckptflip.protect.clipping.rules import as_floats
 from ckptflip.protect.clipping.spread import Spread
 from ckptflip.protect.clipping.torch_places import kinds, linears, owned, places, plain, rectified
 from ckptflip.protect.clipping.torch_values import Clip, Gatherer, Hook, Rectifier
@@ -95,7 +94,8 @@ def _observer(spread: Spread) -> Callable[[torch.nn.Module, Any, Any], None]:
     def look(module: torch.nn.Module, given: Any, output: Any) -> None:
         for _, tensor in leaves(output):
             if tensor.is_floating_point():
-                spread.add(as_floats(tensor.detach().to("cpu", torch.float64).numpy()))
+                wide = torch.float64 if tensor.dtype is torch.float64 else torch.float32
+                spread.add(tensor.detach().to("cpu", wide).numpy())
 
     return look
 
