@@ -231,6 +231,49 @@ def test_without_the_extension_a_model_is_protected_all_the_same(monkeypatch):
     assert said.startswith("Detections(calls=1, faulty=0") and said.endswith("None\n")
 
 
+@pytest.mark.parametrize(
+    "given",
+    [torch.rand(4, 15), torch.rand(40, 2), torch.rand(2, 2, 10), torch.tensor(1.0), torch.rand(0, 3)]
+    + [torch.ones(2, 20, dtype=torch.int64), torch.ones(2, 20, dtype=torch.complex64)],
+)
+def test_other_inputs_are_refused_in_words(given):
+    layer = ProtectedLinear(quantise(torch.nn.Linear(20, 4)), name="fc1")
+    with pytest.raises(UsageError, match=r"fc1 takes .* of shape \(…, 20\), not"):
+        layer(given)
+
+
+def test_codes_of_another_width_are_refused_in_words():
+    layer = QuantisedLinear(Quantised(torch.ones(3, 4, dtype=torch.int8), torch.ones(1), x_scale=0.5))
+    with pytest.raises(UsageError, match="of shape"):
+        layer(torch.zeros(2, 2, 2, dtype=torch.uint8))
+
+
+def test_an_input_that_wants_gradients_is_no_warning():
+    layer = ProtectedLinear(quantise(torch.nn.Linear(20, 4)))
+    assert not layer(torch.rand(2, 20, requires_grad=True)).requires_grad
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_scales_and_biases_are_finite(bad):
+    weight, two = torch.ones(2, 3, dtype=torch.int8), torch.tensor([1.0, bad])
+    with pytest.raises(UsageError, match="weight_scale .* finite"):
+        Quantised(weight, two)
+    with pytest.raises(UsageError, match="bias .* finite"):
+        Quantised(weight, torch.ones(2), two)
+
+
+def test_a_state_without_tensors_is_named():
+    model = protect(torch.nn.Sequential(torch.nn.Linear(20, 4))).model
+    for name in model.state_dict():
+        with pytest.raises(RuntimeError, match=f"{name}: tensors are due"):
+            model.load_state_dict(model.state_dict() | {name: None})
+
+
+def test_what_is_no_model_is_refused():
+    with pytest.raises(UsageError, match="not str"):
+        protect("model")
+
+
 def test_numbers_that_no_product_covers_are_verified_in_memory(x):
     for name in ("scales", "shifts"):
         layer = ProtectedLinear(quantise(torch.nn.Linear(20, 4)))

@@ -93,6 +93,8 @@ def protect(
         >>> converted.model(torch.rand(4, 16)).shape, converted.detections().calls
         (torch.Size([4, 1]), 2)
     """
+    if not isinstance(model, torch.nn.Module):
+        raise UsageError(f"a model is a torch.nn.Module, not {type(model).__name__}")
     policy(on_error, ON_ERROR)
     found = dict(_layers(model))
     ranges = {} if calibration is None else _ranges(model, found, calibration)

@@ -72,6 +72,12 @@ class _Protected(torch.nn.Module):  # type: ignore[misc]
         """Of the last call: None if all rows held, else 0 for each row that did, and a code for others."""
         return self.checked.verdict
 
+    def _refuse_other(self, x: torch.Tensor) -> None:
+        raise UsageError(
+            f"{self.checked.name} takes floats or codes of shape (…, {self.in_features}), not {x.dtype} of "
+            f"{tuple(x.shape)}"
+        )
+
     def extra_repr(self) -> str:
         """What is computed and how it is checked, for ``print(model)``."""
         packed = self.checked.packed
@@ -113,6 +119,10 @@ class _Protected(torch.nn.Module):  # type: ignore[misc]
             missing_keys.extend(absent)
             return
         found = {name: state_dict[prefix + name] for name in wanted}
+        wrong = [prefix + name for name, value in found.items() if not isinstance(value, torch.Tensor)]
+        if wrong:
+            error_msgs.append(f"{', '.join(wrong)}: tensors are due")
+            return
         layer = read_numbers(found, where=prefix.rstrip(".") or "layer")
         if (layer.outputs, layer.inputs) != (self.out_features, self.in_features):
             error_msgs.append(f"{prefix}weight has another shape: {tuple(layer.weight.shape)}")
@@ -162,6 +172,8 @@ class QuantisedLinear(_Protected):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Results, float32 or uint8 of shape (…, n), of codes, uint8 of shape (…, k)."""
+        if x.shape[-1:] != (self.in_features,):
+            self._refuse_other(x)
         if self.digests:
             return self._with_digests(x)
         if x.dim() == 2:
@@ -214,6 +226,8 @@ class ProtectedLinear(_Protected):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Results of shape (…, n) of floats of shape (…, k), in their dtype."""
+        if x.shape[-1:] != (self.in_features,) or not x.is_floating_point():
+            self._refuse_other(x)
         layer = self.checked.packed.layer
         flat = x.reshape(-1, self.in_features)
         if layer.x_scale is None:
@@ -249,6 +263,8 @@ class ProtectedQuantized(_Protected):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Results as quint8 of shape (…, n) of quint8 of shape (…, k)."""
+        if x.shape[-1:] != (self.in_features,) or x.dtype is not torch.quint8:
+            self._refuse_other(x)
         layer = self.checked.packed.layer
         codes = x.int_repr().reshape(-1, self.in_features)
         out = self.checked.run(codes, x.q_scale(), x.q_zero_point())

@@ -44,6 +44,9 @@ class Quantised:
         self._refuse(not fits, "weight_scale", f"float32, ({n},) or (1,)")
         fits = bias is None or (bias.dtype is torch.float32 and tuple(bias.shape) == (n,))
         self._refuse(not fits, "bias", f"float32, ({n},)")
+        for name, numbers in (("weight_scale", self.weight_scale), ("bias", bias)):
+            finite = numbers is None or bool(torch.isfinite(numbers).all())
+            self._refuse(not finite, name, "finite numbers")
         for name in ("x", "out"):
             scale, zero = getattr(self, f"{name}_scale"), getattr(self, f"{name}_zero")
             self._refuse(
@@ -139,7 +142,7 @@ def range_of(x: torch.Tensor) -> tuple[float, int]:
     """
     if x.numel() == 0:
         return 1.0, 0
-    low, high = (float(bound) for bound in torch.aminmax(x))
+    low, high = (float(bound) for bound in torch.aminmax(x.detach()))
     return scale_of(low, high)
 
 
