@@ -52,6 +52,7 @@ DAMAGE = {
     "a negative size": b'"rows": 8->"rows": -8',
     "an unknown field": b'"schema"->"x": 1, "schema"',
     "of another device": b'"float32"->"float64"',
+    "without the unchecked layer": b'"none"->"node"',
     "too deep": b"[" * 100_000,
 }
 

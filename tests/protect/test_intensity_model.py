@@ -261,6 +261,9 @@ def test_state_is_that_of_the_layer():
         ({"on_error": "ignore"}, "'ignore' is no policy"),
         ({"batches": []}, "one at least"),
         ({"batches": [0]}, "whole numbers from 1"),
+        ({"batches": [1.5]}, "whole numbers from 1"),
+        ({"batches": ["4"]}, "whole numbers from 1"),
+        ({"model": "text"}, "not str"),
         ({"example": "text"}, "holds no tensor"),
         ({"example": torch.rand(0, 4)}, "holds no tensor"),
         ({"model": torch.nn.ReLU()}, "nothing to protect"),
@@ -280,6 +283,16 @@ def test_bad_input(arguments, message, tmp_path):
     }
     with pytest.raises(UsageError, match=message):
         protect(given.pop("model"), given.pop("example"), **given)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("shape", [(2, 7), (2, 9), (2, 2, 4), (7,), ()])
+def test_inputs_of_another_width_are_refused_before_they_are_read(scheme, shape):
+    if scheme == "tile" and kernels() is None:
+        pytest.skip("the extension was not built")
+    layer = CheckedLinear(torch.nn.Linear(8, 4), scheme, name="fc1")
+    with pytest.raises(UsageError, match="fc1 takes 8 features"):
+        layer(torch.rand(shape))
 
 
 def test_buckets_are_powers_of_two():

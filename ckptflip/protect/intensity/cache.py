@@ -109,6 +109,8 @@ def load(device: Device, folder: Path | None = None) -> tuple[Balance | None, di
         stored = msgspec.json.decode(path.read_bytes(), type=Stored)
         if stored.schema != SCHEMA or stored.device != device:
             raise ValueError("of another version or device")
+        if not all("none" in entry.seconds for entry in stored.entries):
+            raise ValueError("an entry has no time of the unchecked layer")
     except FileNotFoundError:
         return None, {}
     except (OSError, ValueError, RecursionError) as why:

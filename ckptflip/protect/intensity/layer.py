@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ckptflip.errors import UsageError
 from ckptflip.protect.detection import Detections, policy, settle
 from ckptflip.protect.intensity.calibration import BUCKETS, bucket
 from ckptflip.protect.intensity.schemes import SCHEMES, Run, Scheme
@@ -100,8 +101,12 @@ class CheckedLinear(torch.nn.Module):  # type: ignore[misc]
             x: (…, in_features).
 
         Raises:
+            UsageError: x has another number of features.
             DetectedError: a fault was found, and the policy is not to go on.
         """
+        # The compiled product reads so many numbers of each row.
+        if x.shape[-1:] != (self.in_features,):
+            raise UsageError(f"{self.name} takes {self.in_features} features, not x of {tuple(x.shape)}")
         rows = x if x.dim() == 2 else x.reshape(-1, self.in_features)
         power = (rows.shape[0] - 1).bit_length()
         run, scheme = self._runs[power if power < _LAST else _LAST]

@@ -106,12 +106,14 @@ def protect(
         >>> protected.model(torch.rand(4, 16)).shape, protected.detections().faulty
         (torch.Size([4, 1]), 0)
     """
+    if not isinstance(model, torch.nn.Module):
+        raise UsageError(f"a model is a torch.nn.Module, not {type(model).__name__}")
     policy(on_error)
     asked = chosen(None if schemes is None else tuple(schemes))
     arguments = example if isinstance(example, tuple) else (example,)
     given = _batch(arguments)
     sizes = (given,) if batches is None else tuple(batches)
-    if not sizes or any(size < 1 for size in sizes):
+    if not sizes or any(not isinstance(size, int) or size < 1 for size in sizes):
         raise UsageError("batches are whole numbers from 1 on, one at least")
     rows = _rows(model, arguments)
     protected = copy.deepcopy(model).eval()
