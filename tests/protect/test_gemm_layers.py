@@ -233,8 +233,15 @@ def test_without_the_extension_a_model_is_protected_all_the_same(monkeypatch):
 
 @pytest.mark.parametrize(
     "given",
-    [torch.rand(4, 15), torch.rand(40, 2), torch.rand(2, 2, 10), torch.tensor(1.0), torch.rand(0, 3)]
-    + [torch.ones(2, 20, dtype=torch.int64), torch.ones(2, 20, dtype=torch.complex64)],
+    [
+        torch.rand(4, 15),
+        torch.rand(40, 2),
+        torch.rand(2, 2, 10),
+        torch.tensor(1.0),
+        torch.rand(0, 3),
+        torch.ones(2, 20, dtype=torch.int64),
+        torch.ones(2, 20, dtype=torch.complex64),
+    ],
 )
 def test_other_inputs_are_refused_in_words(given):
     layer = ProtectedLinear(quantise(torch.nn.Linear(20, 4)), name="fc1")
@@ -256,9 +263,9 @@ def test_an_input_that_wants_gradients_is_no_warning():
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_scales_and_biases_are_finite(bad):
     weight, two = torch.ones(2, 3, dtype=torch.int8), torch.tensor([1.0, bad])
-    with pytest.raises(UsageError, match="weight_scale .* finite"):
+    with pytest.raises(UsageError, match=r"weight_scale .* finite"):
         Quantised(weight, two)
-    with pytest.raises(UsageError, match="bias .* finite"):
+    with pytest.raises(UsageError, match=r"bias .* finite"):
         Quantised(weight, torch.ones(2), two)
 
 

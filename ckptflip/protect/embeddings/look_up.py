@@ -85,9 +85,12 @@ def bags_of(
     Raises:
         UsageError: shapes or dtypes that make no sense.
     """
-    if ids.dtype not in _INTEGERS:
-        raise UsageError(f"table {name}: ids are int32 or int64, not {ids.dtype}")
+    if getattr(ids, "dtype", None) not in _INTEGERS:
+        given = ids.dtype if isinstance(ids, torch.Tensor) else type(ids).__name__
+        raise UsageError(f"table {name}: ids are a tensor of int32 or int64, not {given}")
     if weights is not None:
+        if weights.is_complex():
+            raise UsageError(f"table {name}: per_sample_weights are numbers, not {weights.dtype}")
         if weights.shape != ids.shape:
             raise UsageError(
                 f"table {name}: {tuple(weights.shape)} weights for {tuple(ids.shape)} ids: give one for each"
@@ -179,6 +182,7 @@ def plain(
     as long as the operator alone.
     """
     _check(bags, table.shape[0], name)
+    bags = _listed(bags)
     kept = bags.ids != padding
     verdict = _row_verdicts(table, row, bags, kept)
     values = _stock(table, row, _without_padding(bags, kept) if padding >= 0 else bags)
@@ -187,6 +191,15 @@ def plain(
         # As the kernel does it: times the reciprocal.
         values = values * (1 / counts.clamp(min=1)).unsqueeze(1)
     return Found(values, verdict, int((verdict != 0).sum()))
+
+
+def _listed(bags: Bags) -> Bags:
+    """The same bags without ids behind the last one."""
+    end = int(bags.bounds()[-1]) if bags.count else 0
+    if end == bags.ids.numel():
+        return bags
+    weights = None if bags.weights is None else bags.weights[:end]
+    return Bags(bags.ids[:end], bags.offsets, bags.count, bags.length, weights)
 
 
 def _row_verdicts(table: torch.Tensor, row: Row, bags: Bags, kept: torch.Tensor) -> torch.Tensor:
@@ -250,6 +263,8 @@ def _check(bags: Bags, rows: int, name: str) -> None:
             f"table {name}: bag {b} begins at id {int(begins[b])} and ends at {int(ends[b])} of "
             f"{bags.ids.numel()}: offsets do not go back, nor beyond the ids"
         )
+    if bags.count and int(bounds[0]) != 0:
+        raise UsageError(f"table {name}: the first bag begins at id {int(bounds[0])}: the first offset is 0")
     beyond = (bags.ids < 0) | (bags.ids >= rows)
     first, last = (int(bounds[0]), int(bounds[-1])) if bags.count else (0, 0)
     places = beyond[first:last].nonzero()

@@ -108,6 +108,12 @@ class ProtectedEmbeddingBag(torch.nn.Module):  # type: ignore[misc]
                 f"table {name}: on_error is one of {', '.join(REACTIONS)}, not {on_error!r}; "
                 "restore=FUNCTION goes with 'restore' alone"
             )
+        if padding_idx is not None and not -table.shape[0] <= padding_idx < table.shape[0]:
+            raise UsageError(
+                f"table {name} has {table.shape[0]} rows, and no row {padding_idx} for padding_idx"
+            )
+        if not isinstance(threads, int) or threads < 1:
+            raise UsageError(f"table {name}: threads is a number from 1 on, not {threads!r}")
         bare_name = layout.partition(":")[0]
         array = torch.empty(0, table.shape[1], dtype=table.dtype) if table.dim() == 2 else table
         self.row: Row = row_of_protected(_numpy(array, bare_name), layout)

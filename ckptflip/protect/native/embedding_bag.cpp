@@ -45,6 +45,7 @@ Run fastest(const Table &table) {
 }
 
 std::int64_t on_threads(Run run, const Table &table, const Call &call, std::int64_t threads) {
+  if (call.bags && bag_begin(call, 0) != 0) return -1;  // ids before the first bag would not be looked at
   if (threads <= 1 || call.bags < 2 * threads) return run(table, call, 0, call.bags);
   std::vector<std::int64_t> found(static_cast<std::size_t>(threads));
   std::vector<std::thread> workers;

@@ -194,7 +194,7 @@ def _check_names(found: Members) -> None:
             name.encode()
         except UnicodeEncodeError:
             raise CheckpointError(
-                f"the name {os.fsencode(name)!r} is not UTF-8, and a seal keeps names as text: rename the file"
+                f"the name {os.fsencode(name)!r} is not UTF-8, and a seal keeps names as text: rename it"
             ) from None
     for name in found.names:
         if not sidecar.is_inside(name):

@@ -195,6 +195,7 @@ def test_mean_and_padding(way, layout, patched):
         ([1, 2], [1, 0], "bag 0 begins at id 1 and ends at 0 of 2"),
         ([1, 2], [0, 3], "bag 0 begins at id 0 and ends at 3 of 2"),
         ([1, 2], [-1, 1], "bag 0 begins at id -1"),
+        ([1, 2], [1, 2], "the first bag begins at id 1: the first offset is 0"),
     ],
 )
 def test_ids_and_offsets_beyond_are_refused_before_anything_is_read(way, ids, offsets, said, patched):
@@ -202,6 +203,42 @@ def test_ids_and_offsets_beyond_are_refused_before_anything_is_read(way, ids, of
     bags = bags_of(torch.tensor(ids), torch.tensor(offsets), None, False, "emb_l.3")
     with pytest.raises(UsageError, match=f"table emb_l.3: {said}"):
         looked_up(table, "int8", 16, bags, patched, way, name="emb_l.3")
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("layout", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("dim", [1, 3, 64])
+def test_not_a_number_is_no_fault(way, layout, dim, patched):
+    """Of two NaN that meet in an addition, compilers may keep either."""
+    random = np.random.default_rng(dim)
+    words = random.integers(0, 1 << 32, (ROWS, dim), dtype=np.uint32)
+    words |= np.where(random.random(words.shape) < 0.5, np.uint32(0x7FC00000), np.uint32(0))
+    if layout == "int8":
+        stored = torch.from_numpy(quantise(random.standard_normal((ROWS, dim)), "int8"))
+        stored.view(torch.uint8)[:, dim:] = (
+            torch.from_numpy(words[:, :1].copy()).view(torch.uint8).repeat(1, 2)
+        )
+    else:
+        stored = torch.from_numpy(words.view(np.float32)).to(
+            torch.float32 if layout == "fp32" else torch.bfloat16
+        )
+    table = protect_table(stored, layout)
+    bags = bags_of(torch.from_numpy(random.integers(0, ROWS, (40, 9))), None, None, False, "t")
+    assert looked_up(table, layout, dim, bags, patched, way).unsound == 0
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("offsets", "last"), [([0, 2, 4], True), ([0], True), ([], False)])
+def test_ids_behind_the_last_bag_are_left_out(way, offsets, last, patched):
+    stored = table_of("int8", 16, "normal", np.random.default_rng(0))
+    table = protect_table(stored, "int8")
+    bags = bags_of(
+        torch.tensor([3, 4, 5, 6, 7, 8]), torch.tensor(offsets, dtype=torch.int64), torch.ones(6), last, "t"
+    )
+    found = looked_up(table, "int8", 16, bags, patched, way)
+    pairs = bags_of(torch.tensor([[3, 4], [5, 6]])[: bags.count], None, None, False, "t")
+    assert torch.allclose(found.values, looked_up(table, "int8", 16, pairs, patched, way).values)
+    assert found.unsound == 0 and len(found.values) == max(len(offsets) - 1, 0)
 
 
 @pytest.mark.parametrize("threads", (2, 5, 100))

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -118,6 +119,14 @@ def test_other_arguments_are_refused():
         bag(IDS, per_sample_weights=torch.ones(3, 3))
     with pytest.raises(UsageError, match="table table: ids have two axes"):
         bag(IDS[0])
+    for ids in ([[1, 2]], None, np.array([[1]])):
+        with pytest.raises(UsageError, match="ids are a tensor"):
+            bag(ids)
+    for options in ({"padding_idx": 99}, {"padding_idx": -13}, {"threads": 0}, {"threads": "2"}):
+        with pytest.raises(UsageError, match=r"padding_idx|threads"):
+            ProtectedEmbeddingBag.from_float(TABLE, "int8", **options)
+    with pytest.raises(UsageError, match="per_sample_weights are numbers"):
+        ProtectedEmbeddingBag.from_float(TABLE, "int8")(IDS, None, torch.ones(3, 3, dtype=torch.complex64))
     with pytest.raises(UsageError, match=r"not torch\.float32"):
         bag(IDS.float())
 
