@@ -66,7 +66,7 @@ def schemes(layout: str, stored: torch.Tensor, protected: torch.Tensor) -> dict[
 
 
 def timings(calls: dict[str, Call], rows: int, batch: int, rounds: int) -> dict[str, float]:
-    """Median seconds of the thread: of the stock operator, and of each scheme in turns with the stock operator.
+    """Median CPU seconds: of the stock operator, and of each scheme in turns with it.
 
     Each scheme takes turns with the stock operator alone: among several, the table that more of them read
     would have the warmer caches. Seconds of schemes are scaled to the first pair's stock operator.
@@ -249,7 +249,8 @@ def report(cells: list[tuple[str, int, int, dict[str, float]]], study: list[str]
             f"Made by `python benchmarks/abft_bags.py` on {machine(torch=metadata.version('torch'))}.",
             f"Kernel: {'none' if native is None else native.isa()}.",
             f"Tables of {rows:,} rows, bags of {POOLING}, one",
-            "thread, fresh random ids for each call, each scheme in turn with the stock operator; medians of CPU time.",
+            "thread, fresh random ids for each call, each scheme in turn with the stock operator;",
+            "medians of CPU time.",
             "All tables of a cell lie in the same memory. `fused` is a call of",
             "`ProtectedEmbeddingBag`, all its Python included.",
             "",

@@ -12,9 +12,13 @@ INLINE void fetch(const Table &table, const Call &call, std::int64_t at) {
   const auto id = static_cast<std::uint64_t>(integer_at(call.ids, call.id_size, std::min(at, call.count - 1)));
   // An id beyond the table is refused when its turn comes; fetching from anywhere is harmless.
   const auto row = reinterpret_cast<std::uintptr_t>(call.rows) + id * static_cast<std::uint64_t>(table.width);
-  // Every line of the row; as many fetches for each, since a branch that depends on where a row begins costs more.
-  for (std::int64_t byte = 0; byte < table.width; byte += 64) prefetch(row + static_cast<std::uintptr_t>(byte));
-  prefetch(row + static_cast<std::uintptr_t>(table.width - 1));
+  // Every line of the row, once. A branch on where a row begins costs more than a fetch of what is there already:
+  // where there is no further line, the ids stand in for it.
+  const auto width = static_cast<std::uintptr_t>(table.width), lines = (width + 63) / 64;
+  for (std::uintptr_t line = 0; line < lines; ++line) prefetch(row + 64 * line);
+  const auto further = std::uintptr_t{0} - (((row & 63) + width - 1) / 64 == lines);
+  const auto ids = reinterpret_cast<std::uintptr_t>(call.ids);
+  prefetch(ids + ((row + width - 1 - ids) & further));
 }
 
 // What one bag's look-ups have in common.
@@ -81,6 +85,8 @@ KERNEL bool some_columns(const Table &table, const Call &call, std::int64_t colu
 template <std::int64_t kind, std::int64_t dim>
 KERNEL std::int64_t bags_of(const Table &table, const Call &call, std::int64_t first, std::int64_t last) {
   std::int64_t unsound = 0;
+  const std::int64_t begin = bag_begin(call, first);
+  for (std::int64_t i = begin; i >= 0 && i < std::min(begin + ahead, call.count); ++i) fetch(table, call, i);
   for (std::int64_t b = first; b < last; ++b) {
     Bag bag{bag_begin(call, b), bag_begin(call, b + 1)};
     if (bag.begin < 0 || bag.begin > bag.end || bag.end > call.count) return -1 - b;
