@@ -166,9 +166,13 @@ template <std::int64_t kind, int vectors> struct Sums {
   INLINE bool same() const {
     __m512i differs = _mm512_setzero_si512();
 #pragma GCC unroll 8
-    for (int v = 0; v < vectors; ++v)
-      differs = _mm512_or_si512(
-          differs, _mm512_xor_si512(_mm512_castps_si512(sum[v]), _mm512_castps_si512(twin[v])));
+    for (int v = 0; v < vectors; ++v) {
+      // Of two NaN that meet in an addition, compilers may keep either: where both are NaN, they are the same.
+      const __mmask16 numbers = static_cast<__mmask16>(_mm512_cmp_ps_mask(sum[v], sum[v], _CMP_ORD_Q) |
+                                                       _mm512_cmp_ps_mask(twin[v], twin[v], _CMP_ORD_Q));
+      differs = _mm512_or_si512(differs, _mm512_maskz_xor_epi32(numbers, _mm512_castps_si512(sum[v]),
+                                                                _mm512_castps_si512(twin[v])));
+    }
     return _mm512_test_epi32_mask(differs, differs) == 0;
   }
 

@@ -228,6 +228,16 @@ def test_not_a_number_is_no_fault(way, layout, dim, patched):
 
 
 @pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("layout", "width"), [("int8", 16 + 8), ("int4", 8 + 4), ("int2", 4 + 4)])
+def test_scales_and_biases_of_any_bits_are_no_fault(way, layout, width, patched):
+    for seed in range(20):
+        random = np.random.default_rng(seed)
+        table = protect_table(torch.from_numpy(random.integers(0, 256, (50, width)).astype(np.uint8)), layout)
+        bags = bags_of(torch.from_numpy(random.integers(0, 50, (30, 7))), None, None, False, "t")
+        assert looked_up(table, layout, 16, bags, patched, way).unsound == 0
+
+
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(("offsets", "last"), [([0, 2, 4], True), ([0], True), ([], False)])
 def test_ids_behind_the_last_bag_are_left_out(way, offsets, last, patched):
     stored = table_of("int8", 16, "normal", np.random.default_rng(0))
