@@ -14,9 +14,10 @@ import io
 import re
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -71,28 +72,72 @@ _RULES = """\
 
 def main() -> int:
     """Parse the command line; the exit code is 4 where trials failed, 1 for other errors."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser, _ = command_line(__doc__, STORES, PAGE, "experiments, such as E3 E3-strata")
+    return carried_out(parser.parse_args(), run, write)
+
+
+def command_line(
+    doc: str | None, stores: Path, page: Path, studies: str
+) -> tuple[argparse.ArgumentParser, Any]:
+    """The commands ``run`` and ``write`` of a script that runs studies; and where further ones are added.
+
+    Args:
+        doc: of the script; its first line describes it.
+        stores: folder of the stores, unless given.
+        page: what is written, unless given.
+        studies: what is said of ``--only``.
+    """
+    parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("run", "write"):
         command = commands.add_parser(name)
-        command.add_argument("--stores", type=Path, default=STORES, help="folder of the stores")
-        command.add_argument("--only", nargs="+", metavar="E", help="experiments, such as E3 E3-strata")
+        command.add_argument("--stores", type=Path, default=stores, help="folder of the stores")
+        command.add_argument("--only", nargs="+", metavar="NAME", help=studies)
         if name == "run":
             command.add_argument(
                 "--trials", type=int, help="per cell, instead of the specs', for a quick look"
             )
             command.add_argument("--workers", type=int, help="processes; one per core unless given")
         else:
-            command.add_argument("--out", type=Path, default=PAGE, help="the page")
-    given = parser.parse_args()
+            command.add_argument("--out", type=Path, default=page, help="the page")
+    return parser, commands
+
+
+def carried_out(
+    given: argparse.Namespace,
+    run: Callable[..., int],
+    write: Callable[..., Path],
+    **others: Callable[[Any], Any],
+) -> int:
+    """Do what the command line asks for; the exit code, 1 for errors.
+
+    Args:
+        given: the parsed command line.
+        run, write: with the arguments of those here.
+        others: further commands, by name, given the parsed command line; what they give back is printed.
+    """
     try:
         if given.command == "run":
             return run(given.stores, given.only, given.trials, given.workers)
-        print(write(given.stores, given.out, given.only))
+        if given.command in others:
+            print(others[given.command](given))
+        else:
+            print(write(given.stores, given.out, given.only))
     except CkptflipError as why:
         print(f"Error: {why}", file=sys.stderr)
         return 1
     return 0
+
+
+def chosen(found: Mapping[str, Path], only: Sequence[str] | None, what: str) -> dict[str, Path]:
+    """Those of some specs that are asked for, in their order; all unless told.
+
+    Raises:
+        CkptflipError: one that is asked for does not exist.
+    """
+    if unknown := set(only or ()) - set(found):
+        raise CkptflipError(f"there is no {what} {sorted(unknown)[0]}; there are {', '.join(found)}")
+    return {name: path for name, path in found.items() if not only or name in only}
 
 
 def specs(only: Sequence[str] | None = None) -> dict[str, Path]:
@@ -103,9 +148,7 @@ def specs(only: Sequence[str] | None = None) -> dict[str, Path]:
     """
     found = {path.stem.removesuffix("-digits"): path for path in SPECS.glob("*-digits.toml")}
     order = sorted(found, key=lambda name: (int(re.findall(r"\d+", name)[0]), name))
-    if unknown := set(only or ()) - set(order):
-        raise CkptflipError(f"there is no experiment {sorted(unknown)[0]}; there are {', '.join(order)}")
-    return {name: found[name] for name in order if not only or name in only}
+    return chosen({name: found[name] for name in order}, only, "experiment")
 
 
 def shortened(campaign: Campaign, trials: int | None) -> Campaign:

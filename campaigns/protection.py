@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from datetime import date
@@ -23,7 +22,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
 import protection_tables as tables  # noqa: E402
-from cluster21 import markdown, run_all  # noqa: E402
+from cluster21 import carried_out, chosen, command_line, markdown, run_all  # noqa: E402
 from protection_findings import LEVEL, findings  # noqa: E402
 from protection_tables import Study  # noqa: E402
 
@@ -64,29 +63,14 @@ _CONTENDERS = """\
 
 def main() -> int:
     """Parse the command line; the exit code is 4 where trials failed, 1 for other errors."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("run", "write"):
-        command = commands.add_parser(name)
-        command.add_argument("--stores", type=Path, default=STORES, help="folder of the stores")
-        command.add_argument("--only", nargs="+", metavar="S", help="studies, such as S1")
-        if name == "run":
-            command.add_argument(
-                "--trials", type=int, help="per cell, instead of the specs', for a quick look"
-            )
-            command.add_argument("--workers", type=int, help="processes; one per core unless given")
-        else:
-            command.add_argument("--out", type=Path, default=PAGE, help="the page")
-    given = parser.parse_args()
-    try:
-        if given.command == "run":
-            given.stores.mkdir(parents=True, exist_ok=True)
-            return run_all(specs(given.only), given.stores, given.trials, given.workers)
-        print(write(given.stores, given.out, given.only))
-    except CkptflipError as why:
-        print(f"Error: {why}", file=sys.stderr)
-        return 1
-    return 0
+    parser, _ = command_line(__doc__, STORES, PAGE, "studies, such as S1")
+    return carried_out(parser.parse_args(), run, write)
+
+
+def run(stores: Path, only: Sequence[str] | None, trials: int | None, workers: int | None) -> int:
+    """Run what is missing of the studies; 4 where trials failed, else 0."""
+    stores.mkdir(parents=True, exist_ok=True)
+    return run_all(specs(only), stores, trials, workers)
 
 
 def specs(only: Sequence[str] | None = None) -> dict[str, Path]:
@@ -96,9 +80,7 @@ def specs(only: Sequence[str] | None = None) -> dict[str, Path]:
         CkptflipError: one that is asked for does not exist.
     """
     found = {path.stem.removesuffix("-small"): path for path in sorted(SPECS.glob("*-small.toml"))}
-    if unknown := set(only or ()) - set(found):
-        raise CkptflipError(f"there is no study {sorted(unknown)[0]}; there are {', '.join(found)}")
-    return {name: path for name, path in found.items() if not only or name in only}
+    return chosen(found, only, "study")
 
 
 def write(stores: Path, out: Path, only: Sequence[str] | None = None) -> Path:

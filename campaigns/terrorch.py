@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 import sys
@@ -31,7 +30,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
 import terrorch_tables as tables  # noqa: E402
-from cluster21 import markdown, run_all  # noqa: E402
+from cluster21 import carried_out, chosen, command_line, markdown, run_all  # noqa: E402
 from terrorch_findings import FINDINGS, LEVEL  # noqa: E402
 from terrorch_tables import Study  # noqa: E402
 
@@ -62,34 +61,13 @@ _RULES = """\
 
 def main() -> int:
     """Parse the command line; the exit code is 4 where trials failed, 1 for other errors."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("run", "write"):
-        command = commands.add_parser(name)
-        command.add_argument("--stores", type=Path, default=STORES, help="folder of the stores")
-        command.add_argument("--only", nargs="+", metavar="T", help="studies, such as T1 T5-int8")
-        if name == "run":
-            command.add_argument(
-                "--trials", type=int, help="per cell, instead of the specs', for a quick look"
-            )
-            command.add_argument("--workers", type=int, help="processes; one per core unless given")
-        else:
-            command.add_argument("--out", type=Path, default=PAGE, help="the page")
+    parser, commands = command_line(__doc__, STORES, PAGE, "studies, such as T1 T5-int8")
     command = commands.add_parser("counts")
     command.add_argument("spec", type=Path)
     command.add_argument("-o", "--out", type=Path, default=Path(COUNTS), help="the file, an .npz")
-    given = parser.parse_args()
-    try:
-        if given.command == "run":
-            return run(given.stores, given.only, given.trials, given.workers)
-        if given.command == "counts":
-            print(count(loading.load(given.spec), given.out))
-        else:
-            print(write(given.stores, given.out, given.only))
-    except CkptflipError as why:
-        print(f"Error: {why}", file=sys.stderr)
-        return 1
-    return 0
+    return carried_out(
+        parser.parse_args(), run, write, counts=lambda given: count(loading.load(given.spec), given.out)
+    )
 
 
 def specs(only: Sequence[str] | None = None) -> dict[str, Path]:
@@ -101,9 +79,7 @@ def specs(only: Sequence[str] | None = None) -> dict[str, Path]:
     found = {path.stem.removesuffix("-small"): path for path in SPECS.glob("*-small.toml")}
     # T5, then its fields: the longer codes first.
     order = sorted(found, key=lambda name: (name[:2], -int(name.partition("int")[2] or 99)))
-    if unknown := set(only or ()) - set(order):
-        raise CkptflipError(f"there is no study {sorted(unknown)[0]}; there are {', '.join(order)}")
-    return {name: found[name] for name in order if not only or name in only}
+    return chosen({name: found[name] for name in order}, only, "study")
 
 
 def count(campaign: Campaign, out: Path) -> Path:

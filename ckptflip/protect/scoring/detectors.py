@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
+from ckptflip.bits.values import EXTREME
 from ckptflip.protect.gemm.floats import RowChecksum, row_checksum, rows_hold
 from ckptflip.protect.scoring.contender import Run, Verdict
 from ckptflip.protect.scoring.int8_layers import Int8Rows
-
-EXTREME = 1e10
+from ckptflip.training.digests import state_digest
 
 
 class Nan:
@@ -74,19 +73,18 @@ class Range:
 
 
 class Digest:
-    """``seal``: a digest of every tensor's bytes, as `ckptflip seal` keeps them of files."""
+    """``seal``: a digest over every tensor's bytes, as `ckptflip seal` keeps them of files."""
 
     name = "seal"
     about = "a digest of every tensor's bytes, as `ckptflip seal` keeps them of files"
 
-    def prepare(self, model: torch.nn.Module, batches: Sequence[Any]) -> dict[str, bytes]:
-        """A digest of each tensor."""
-        return {name: _digest(value) for name, value in model.state_dict().items()}
+    def prepare(self, model: torch.nn.Module, batches: Sequence[Any]) -> str:
+        """A digest of all tensors."""
+        return state_digest(dict(model.state_dict()))
 
-    def face(self, model: torch.nn.Module, prepared: dict[str, bytes], run: Run) -> Verdict:
-        """Compare all digests."""
-        now = {name: _digest(value) for name, value in model.state_dict().items()}
-        return Verdict(found=now != prepared)
+    def face(self, model: torch.nn.Module, prepared: str, run: Run) -> Verdict:
+        """Compare the digests."""
+        return Verdict(found=state_digest(dict(model.state_dict())) != prepared)
 
 
 class RowAbft:
@@ -142,8 +140,3 @@ def _floats(model: torch.nn.Module) -> dict[str, torch.Tensor]:
         if isinstance(module, Int8Rows):
             found |= {f"{name}.{field}": value for field, value in module.numbers().items()}
     return found
-
-
-def _digest(value: torch.Tensor) -> bytes:
-    held = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return hashlib.blake2b(held.numpy(), digest_size=16).digest()
