@@ -171,7 +171,7 @@ def test_rows_are_those_of_the_table(tmp_path):
     path, counts = tmp_path / "m.h5", tmp_path / "access.npz"
     write_hdf5(path, {"model/emb": table_bytes("int2")})
     np.savez(counts, emb=np.arange(ROWS))
-    options = {"tensors": "emb", "rowwise": "int2", "ber": 0.9, "dry_run": True}
+    options = {"tensors": "emb", "rowwise": "int2", "fraction": 1.0, "dry_run": True}
     hot = ckptflip.inject(path, rows="hot:4%", rows_weight=counts, **options)
     assert {i for line in record_files.lines(hot) for i in line.index[:1]} == {ROWS - 2, ROWS - 1}
     assert {t.name for t in hot.header.tensors} == {"model/emb.code", "model/emb.scale", "model/emb.bias"}
