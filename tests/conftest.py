@@ -1,4 +1,4 @@
-"""Settings of Hypothesis, and checkpoints that real libraries wrote.
+"""Settings of Hypothesis, checkpoints that real libraries wrote, and an end to what hangs.
 
 Hypothesis: no deadlines, for machines are shared; in CI the same examples every time.
 """
@@ -6,7 +6,8 @@ Hypothesis: no deadlines, for machines are shared; in CI the same examples every
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -36,3 +37,17 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Probe], Path]
         return probe.load_calls().write(tmp_path_factory.mktemp(probe.name))
 
     return write
+
+
+@pytest.fixture
+def soon() -> Iterator[None]:
+    """Fails a test that takes minutes where a second is due, or has no end."""
+
+    def end(*_: object) -> None:
+        raise TimeoutError("no end within two minutes")
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.alarm(120)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)

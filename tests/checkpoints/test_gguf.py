@@ -1,7 +1,6 @@
 """GGUF files: every type that gguf writes, each block as its own dequantisation sees it; headers that lie."""
 
 import struct
-import time
 
 import numpy as np
 import pytest
@@ -225,12 +224,10 @@ def test_a_hit_scale_changes_its_block_alone(tmp_path):
     ]
 
 
-def test_a_vocabulary_is_skipped_fast(tmp_path):
+def test_a_vocabulary_is_skipped_fast(tmp_path, soon):
     words = [f"token{i}" for i in range(120_000)]
     path = write(tmp_path / "a.gguf", {"w": (np.ones((2, 2), "f4"), None)}, tokens=words)
-    start = time.perf_counter()
     found = open_checkpoint(path)
-    assert time.perf_counter() - start < 2
     assert all_words(found)["w"].tolist() == [0x3F800000] * 4
 
 

@@ -6,7 +6,6 @@ import base64
 import io
 import json
 import struct
-import time
 import zipfile
 import zlib
 
@@ -395,10 +394,8 @@ def test_members_that_claim_too_much(tmp_path):
     refused(patched(path, {WEIGHTS: (18, 20, 1 << 30)}), "damaged|overlaps")
 
 
-def test_a_bomb_is_refused(tmp_path):
-    start = time.perf_counter()
+def test_a_bomb_is_refused(tmp_path, soon):
     refused(archived(tmp_path / "a.keras", bytes(300 << 20), zipfile.ZIP_DEFLATED), "no weights do")
-    assert time.perf_counter() - start < 20
 
 
 def test_every_truncation_is_refused(tmp_path):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 
 import keras_backends
 import numpy as np
@@ -397,20 +396,18 @@ def test_legacy_slots(path, name, layer):
     assert found.role == ("counter" if "iter" in path else "optimizer")
 
 
-def test_thousands_of_layers_of_one_shape_take_no_long_time():
+def test_thousands_of_layers_of_one_shape_take_no_long_time(soon):
     count = 4_000
     catalogue = [
         *tensors(*((f"part{i}/vars/0", (4,)) for i in range(count))),
         *slots([(4,)] * count),
     ]
     told = marks(catalogue, optimizer="lion")
-    start = time.perf_counter()
     found = names(catalogue, told)
-    assert time.perf_counter() - start < 5
     assert found[-1] == f"lion/vars/{count + 1}"
 
 
-def test_thousands_of_configured_layers_take_no_long_time():
+def test_thousands_of_configured_layers_take_no_long_time(soon):
     count = 5_000
     catalogue = [
         *tensors(*((f"layers/dense{f'_{i}' if i else ''}/vars/0", (4, 4)) for i in range(count))),
@@ -418,9 +415,7 @@ def test_thousands_of_configured_layers_take_no_long_time():
     ]
     layers = [{"class_name": "Dense", "config": {"name": f"d{i}"}} for i in range(count)]
     raw = {"config": {"layers": layers}, "compile_config": {"optimizer": "lion"}}
-    start = time.perf_counter()
     found = names(catalogue, marks(catalogue), config.parse(json.dumps(raw).encode(), "here"))
-    assert time.perf_counter() - start < 5
     assert found[-1] == f"lion/momentum of d{count - 1}/kernel"
 
 

@@ -2,7 +2,6 @@
 
 import json
 import struct
-import time
 
 import numpy as np
 import pytest
@@ -237,11 +236,10 @@ def test_damaged_files(tmp_path_factory, data):
     check(open_checkpoint, tmp_path_factory.getbasetemp() / "damaged.safetensors", data)
 
 
-def test_a_hundred_thousand_tensors(opened):
+def test_a_hundred_thousand_tensors(opened, soon):
     header = {
         f"model.layers.{i}.mlp.weight": entry([2, 2], 16 * i, 16 * i + 16, "F32") for i in range(100_000)
     }
     data = made(header, bytes(1_600_000))
-    start = time.perf_counter()
     found = opened(data)
-    assert len(found.tensors) == 100_000 and time.perf_counter() - start < 10
+    assert len(found.tensors) == 100_000

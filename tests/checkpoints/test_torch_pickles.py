@@ -4,7 +4,6 @@ import collections
 import io
 import pickle
 import pickletools
-import time
 
 import pytest
 from hypothesis import given, settings
@@ -184,23 +183,19 @@ def test_attacks_end_in_a_clear_error(data):
 
 
 @pytest.mark.parametrize("unit", [b"}", b"(", b"]", b")\x85", b"\x8f", b"\x94", b"N\x94"])
-def test_floods_are_cut_off(unit):
-    start = time.perf_counter()
+def test_floods_are_cut_off(unit, soon):
     with pytest.raises(CheckpointError, match=r"more objects than|ends too early|no sound pickle"):
         parse_bytes(b"N" + unit * 500_000, "a flood")
-    assert time.perf_counter() - start < 10  # below a second on an idle machine
 
 
-def test_deep_nests_and_bombs_end():
+def test_deep_nests_and_bombs_end(soon):
     deep = parse_bytes(b"N" + b"\x85q\1" * 300_000 + b".", "x")
     assert [s.reason for s in tensors_in(deep).skipped] == ["it is nested too deep"]
     wrapped = b"ctorch._utils\n_rebuild_parameter\n"
     deep = parse_bytes(wrapped * 50_000 + b"N" + b"\x85R" * 50_000 + b".", "x")
     assert [s.reason for s in tensors_in(deep).skipped] == ["it is nested too deep"]
     doubling = b"]" + b"q\0(h\0h\0h\0h\0h\0h\0h\0h\0l" * 50 + b"."
-    start = time.perf_counter()
     tensors_in(parse_bytes(doubling, "x"))
-    assert time.perf_counter() - start < 30  # under a second on an idle machine
 
 
 def test_a_dict_that_holds_itself():

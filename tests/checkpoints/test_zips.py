@@ -3,7 +3,6 @@
 import io
 import os
 import struct
-import time
 import zipfile
 import zlib
 
@@ -249,12 +248,10 @@ def test_a_missing_member(opened):
         opened(GOLDEN)["b"]
 
 
-def test_ten_thousand_members_are_quick(opened):
+def test_ten_thousand_members_are_quick(opened, soon):
     data = written(contents={f"layers/{i}": b"1234" for i in range(10_000)})
-    start = time.perf_counter()
     found = opened(data)
     assert len([found[name] for name in found]) == 10_000
-    assert time.perf_counter() - start < 2  # 0.1 s on an idle machine
 
 
 def attempt(data, tmp_path):

@@ -1,7 +1,6 @@
 """Plans: who is hit how often, how many bits really differ, and the same plan for the same seed."""
 
 import hashlib
-import time
 
 import numpy as np
 import pytest
@@ -276,17 +275,13 @@ class TestFaultModels:
         assert plan.hit.tolist() == [0xFFFFFFFF] * 7
 
     @pytest.mark.parametrize("count", [9, 30])
-    def test_bursts_without_room_end_soon(self, count):
-        start = time.perf_counter()
+    def test_bursts_without_room_end_soon(self, count, soon):
         with pytest.raises(GuardError, match="cannot be placed without overlap"):
             drawn(Policy(fault="burst:8", count=count), [tensor("x", (2,))])
-        assert time.perf_counter() - start < 2
 
-    def test_many_bursts_without_room_end_soon(self):
-        start = time.perf_counter()
+    def test_many_bursts_without_room_end_soon(self, soon):
         with pytest.raises(GuardError, match="cannot be placed without overlap"):
             drawn(Policy(fault="burst:8", count=100_000), [tensor("x", (10_000,))])
-        assert time.perf_counter() - start < 2
 
     def test_bursts_at_a_rate_may_overlap_but_never_cancel(self):
         plan = drawn(Policy(fault="burst:4", ber=0.2), SMALL)
@@ -354,13 +349,11 @@ class TestGuards:
 
     @pytest.mark.parametrize("size", [1, 200, 10**9])
     @pytest.mark.parametrize("count", [1, 100, 100_000])
-    def test_the_impossible_ends_soon(self, size, count):
+    def test_the_impossible_ends_soon(self, size, count, soon):
         if count > size:
             return
-        start = time.perf_counter()
         with pytest.raises(GuardError, match=r"without nan cannot be drawn .* take bits out"):
             drawn(Policy(fault="value:nan", count=count, forbid=("nan",)), [tensor("w", (size,))])
-        assert time.perf_counter() - start < 5
 
     def test_the_last_possible_ones_are_found(self):
         """9 of 10 words would become infinite; the others must all be found."""
