@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from ckptflip.frameworks import before_tensorflow
 from ckptflip.loaders import Probe
 
 # Run in processes of their own, which they set up before they import anything: no doctests to collect.
@@ -23,6 +24,9 @@ collect_ignore = [
     "live/keras_target_checks.py",
     "protect/keras_clipping_checks.py",
 ]
+
+# Tests of all frameworks meet in one process.
+before_tensorflow()
 
 settings.register_profile("ckptflip", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("ckptflip")

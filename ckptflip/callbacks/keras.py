@@ -13,8 +13,10 @@ from ckptflip.callbacks.schedule import InjectionSchedule
 from ckptflip.callbacks.tracker import ConvergenceTracker
 from ckptflip.errors import MissingExtraError, UsageError
 from ckptflip.faults.record import Record
+from ckptflip.frameworks import before_tensorflow
 from ckptflip.live.keras_variables import KerasGradients, KerasTarget
 
+before_tensorflow()
 try:
     import keras
 except ImportError as error:

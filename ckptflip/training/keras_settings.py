@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from ckptflip.errors import MissingExtraError, WorkloadError
+from ckptflip.frameworks import before_tensorflow
 
 BACKENDS = ("tensorflow", "torch", "jax")
 
@@ -30,6 +31,7 @@ def _imported() -> Any:
     kept = os.environ.get("KERAS_BACKEND")
     if chosen:
         os.environ["KERAS_BACKEND"] = _first_installed()
+    before_tensorflow()
     try:
         import keras
     except ImportError as error:

@@ -9,6 +9,7 @@ import lzma
 import os
 import shutil
 import struct
+import warnings
 import zlib
 from pathlib import Path
 from typing import ClassVar
@@ -170,7 +171,8 @@ def test_every_dtype_of_zarr(tmp_path, version, compressors):
                 continue  # a codec's, not a dtype's: see below
             array = random_array(dtype, (5, 7)).astype(kind)
             name = f"{dtype}{'be' if order == '>' else ''}"
-            group.create_array(name, data=array, chunks=(2, 3), compressors=compressors)
+            with np.errstate(invalid="ignore"):  # signalling NaN, which zarr compares with the fill value
+                group.create_array(name, data=array, chunks=(2, 3), compressors=compressors)
             expected[name] = bits(array)
     assert_words(tmp_path / "a.zarr", expected)
 
@@ -380,7 +382,8 @@ def test_compressors_of_numcodecs_in_version_3(tmp_path, name):
 
     codec = {"zlib": wrapped.Zlib, "bz2": wrapped.BZ2, "lz4": wrapped.LZ4, "zstd": wrapped.Zstd}[name]
     data = RANDOM.integers(0, 9, (40, 7)).astype("int32")
-    with pytest.warns(UserWarning):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # up to zarr 3.1: not in the specification
         zarr.create_array(tmp_path / "a.zarr", data=data, chunks=(16, 4), compressors=[codec()])
     assert_words(tmp_path / "a.zarr", {"array": bits(data)})
 

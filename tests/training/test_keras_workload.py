@@ -554,3 +554,14 @@ def test_a_fresh_process_goes_on_the_same(processes, name, recipe):
     assert repr(resumed[recipe]) == repr(straight[recipe])
     same(folder / f"{recipe}-4.keras", folder / f"{recipe}-resumed.keras")
     assert held(folder / f"{recipe}-4.keras")["backend"] == name
+
+
+@pytest.mark.skipif(
+    not all(map(find_spec, ("triton", "tensorflow", "torch"))), reason="needs TensorFlow, PyTorch and Triton"
+)
+def test_tensorflow_and_an_optimizer_of_pytorch_in_one_process():
+    """Triton, which PyTorch's optimizers load, ends the process if it comes after TensorFlow."""
+    script = "from ckptflip.training import find\nfor n in 'digits-mlp-keras', 'digits-mlp': find(n).start(0)"
+    environment = os.environ | {"KERAS_BACKEND": "tensorflow"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
