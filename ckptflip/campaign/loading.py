@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import inspect
 import json
 import math
 import re
@@ -106,7 +107,7 @@ def plain_of(campaign: Campaign) -> dict[str, Any]:
 
 def schema() -> dict[str, Any]:
     """The JSON Schema of a spec, for editors."""
-    made: dict[str, Any] = msgspec.json.schema(Campaign)
+    made: dict[str, Any] = _unindented(msgspec.json.schema(Campaign))
     return {"title": "ckptflip campaign", **made}
 
 
@@ -119,6 +120,18 @@ def example() -> str:
         'first'
     """
     return Path(__file__).with_name("example.toml").read_text("utf-8")
+
+
+def _unindented(value: Any) -> Any:
+    """A schema whose descriptions are the docstrings as Python 3.13 keeps them, on every Python."""
+    if isinstance(value, list):
+        return [_unindented(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    return {
+        key: inspect.cleandoc(item) if key == "description" and isinstance(item, str) else _unindented(item)
+        for key, item in value.items()
+    }
 
 
 def _digest(value: Any) -> str:

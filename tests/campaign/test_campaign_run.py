@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -385,17 +388,13 @@ def test_access_counts_that_are_missing_are_missed_before_the_clean_runs(tmp_pat
 
 def test_another_bit_in_a_clean_run_is_noticed(tmp_path: Path) -> None:
     """A store whose clean runs are gone trains them again, and must get the same."""
-    import shutil
-
     spec, store = written(tmp_path), tmp_path / "runs.db"
     run(spec, store)
     shutil.rmtree(tmp_path / "runs.db.clean")
     written(tmp_path, trials="per_cell = 5")
     run(spec, store, "--extend")
     shutil.rmtree(tmp_path / "runs.db.clean")
-    import sqlite3
-
-    with sqlite3.connect(store) as connection:
+    with contextlib.closing(sqlite3.connect(store, isolation_level=None)) as connection:
         connection.execute("UPDATE run_values SET value = 0.123 WHERE epoch = 2")
     written(tmp_path, trials="per_cell = 6")
     assert "other" in run(spec, store, "--extend", expect=1).stderr
