@@ -16,12 +16,53 @@ except ImportError as error:
 
 from ckptflip.protect.embeddings.rows import Row
 from ckptflip.protect.embeddings.tables import differing
-from ckptflip.protect.native import kernels
+from ckptflip.protect.native import kernels, why_not
 
 # The bits of a verdict.
 SUM, TAG, ARITHMETIC = 1, 2, 4
 _INTEGERS = {torch.int32: 4, torch.int64: 8}
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PARTS = ("sum", "twin", "value", "scale", "bias", "mean", "plain", "weighted")
+
+
+@dataclass(frozen=True, slots=True)
+class ArithmeticFault:
+    """One bit that goes wrong in a register of the kernel, to see what the checks say of it.
+
+    Attributes:
+        bag: the bag that is being added up.
+        step: the look-up of the bag, from 0; of no account for ``mean``.
+        part: ``sum`` or ``twin``: what is returned and what it is compared with, once that look-up was added;
+            ``value``: a code or a float of the row, unpacked; ``scale`` or ``bias``: what it is multiplied by
+            and what is added to it, times the weight of the look-up; ``mean``: the factor of a mean;
+            ``plain`` or ``weighted``: the sums that are compared with digits and tags.
+        place: of ``sum``, ``twin`` and ``value``, the column (of 4-bit codes with AVX-512, places 0, 1, 2, 3
+            have columns 0, 8, 1, 9 and so on); of the others a lane, of 16 with AVX-512, else 0. Lane 16 of
+            ``plain`` and ``weighted`` has the sum of the digits and that of the tags.
+        bit: of a word of 32, the lowest is 0.
+
+    Raises:
+        UsageError: a part that is none, or a bit beyond 31.
+
+    Example:
+        >>> ArithmeticFault(bag=0, step=3, part="sum", place=5, bit=30).packed().hex()[:4]
+        '0000'
+    """
+
+    bag: int
+    step: int
+    part: str
+    place: int = 0
+    bit: int = 0
+
+    def __post_init__(self) -> None:
+        if self.part not in PARTS or not 0 <= self.bit < 32:
+            raise UsageError(f"no bit {self.bit} of {self.part!r}: bits 0 to 31 of {', '.join(PARTS)}")
+
+    def packed(self) -> bytes:
+        """As the kernel takes it: see `Fault` in embedding_bag.h."""
+        words = [self.bag, self.step, PARTS.index(self.part), self.place, self.bit]
+        return np.array(words, np.int64).tobytes()
 
 
 @dataclass(slots=True)
@@ -56,14 +97,27 @@ class Found:
 
     Attributes:
         values: float32[bags, D].
-        verdict: uint8[bags]: 0, or the sum of 1 (a row's values do not fit their sum), 2 (a row's tag does
-            not fit its values, scale, bias and number) and 4 (added up twice, a bag was not the same).
+        verdicts: those of `verdict`, one byte each: a tensor takes longer to make, and few callers look.
         unsound: how many verdicts are not 0.
     """
 
     values: torch.Tensor
-    verdict: torch.Tensor
+    verdicts: bytearray
     unsound: int
+
+    @property
+    def verdict(self) -> torch.Tensor:
+        """Of each bag, uint8[bags].
+
+        0, or the sum of 1 (a row's values do not fit their sum), 2 (a row's tag does not fit its values,
+        scale, bias and number) and 4 (added up twice, a bag was not the same).
+        """
+        return verdict_of(self.verdicts)
+
+
+def verdict_of(verdicts: bytearray) -> torch.Tensor:
+    """A byte for each bag as a tensor, uint8[bags], of the same memory."""
+    return torch.from_numpy(np.frombuffer(verdicts, np.uint8))
 
 
 def bags_of(
@@ -120,6 +174,7 @@ def look_up(
     padding: int = -1,
     threads: int = 1,
     name: str = "table",
+    fault: ArithmeticFault | None = None,
 ) -> Found:
     """Look up bags, add them and check every row and every addition.
 
@@ -132,15 +187,19 @@ def look_up(
         padding: an id that is skipped; -1: none.
         threads: how many share the bags.
         name: of the table, for messages.
+        fault: in the kernel's arithmetic, for tests and studies.
 
     Raises:
-        UsageError: ids beyond the table, offsets that go back or beyond the ids. Nothing outside was read.
+        UsageError: ids beyond the table, offsets that go back or beyond the ids; nothing outside was read. A
+            fault, and no kernel to have it.
     """
     native = kernels()
     if native is None:
+        if fault is not None:
+            raise UsageError(f"table {name}: a fault in the kernel's arithmetic: {why_not()}")
         return plain(table, row, bags, mean=mean, padding=padding, name=name)
     values = torch.empty(bags.count, row.dim)
-    verdict = torch.empty(bags.count, dtype=torch.uint8)
+    verdicts = bytearray(bags.count)
     ids, offsets, weights = bags.ids, bags.offsets, bags.weights
     unsound = native.embedding_bag(
         _ISA,
@@ -158,15 +217,16 @@ def look_up(
         mean,
         padding,
         values.data_ptr(),
-        verdict.data_ptr(),
+        verdicts,
         threads,
+        None if fault is None else fault.packed(),
     )
     if unsound < 0:
         _check(bags, table.shape[0], name)
         raise UsageError(
             f"table {name}: bag {-1 - unsound} has ids beyond the table, or offsets beyond the ids"
         )
-    return Found(values, verdict, unsound)
+    return Found(values, verdicts, unsound)
 
 
 # The instructions that are used at most: 2 for all there are. Tests go through them.
@@ -190,7 +250,7 @@ def plain(
         counts = torch.zeros(bags.count).index_add_(0, _bag_numbers(bags)[kept], torch.ones(int(kept.sum())))
         # As the kernel does it: times the reciprocal.
         values = values * (1 / counts.clamp(min=1)).unsqueeze(1)
-    return Found(values, verdict, int((verdict != 0).sum()))
+    return Found(values, bytearray(verdict.numpy()), int((verdict != 0).sum()))
 
 
 def _listed(bags: Bags) -> Bags:

@@ -15,7 +15,7 @@ try:
 except ImportError as error:
     raise MissingExtraError("torch", "torch", "Protected embedding bags") from error
 
-from ckptflip.protect.embeddings.look_up import ARITHMETIC, Bags, Found, bags_of, look_up
+from ckptflip.protect.embeddings.look_up import ARITHMETIC, Bags, Found, bags_of, look_up, verdict_of
 from ckptflip.protect.embeddings.rows import Row
 from ckptflip.protect.embeddings.tables import (
     bad_rows,
@@ -69,8 +69,6 @@ class ProtectedEmbeddingBag(torch.nn.Module):  # type: ignore[misc]
 
     Attributes:
         counts: what was seen so far.
-        verdict: of the last call, uint8[bags]: 0, or the sum of 1 (values), 2 (tag: values, scale, bias or
-            row number) and 4 (additions), as first looked up.
 
     Raises:
         SelectionError, UsageError: arguments that make no sense.
@@ -121,7 +119,7 @@ class ProtectedEmbeddingBag(torch.nn.Module):  # type: ignore[misc]
         self.padding_idx = None if padding_idx is None else padding_idx % max(table.shape[0], 1)
         self.on_error, self.restore, self.threads, self.name = on_error, restore, threads, name
         self.counts = Counts()
-        self.verdict: torch.Tensor = torch.empty(0, dtype=torch.uint8)
+        self._verdicts = bytearray()
         self._width, self._padding = self.row.width, -1 if self.padding_idx is None else self.padding_idx
         self.register_buffer("weight", table.contiguous())
         self._rows = int(table.shape[0])
@@ -143,6 +141,15 @@ class ProtectedEmbeddingBag(torch.nn.Module):  # type: ignore[misc]
         else:
             stored = table.detach().to(torch.bfloat16 if layout == "bf16" else torch.float32)
         return cls(protect_table(stored, layout), layout, **options)
+
+    @property
+    def verdict(self) -> torch.Tensor:
+        """What was found in the last call, as first looked up.
+
+        uint8[bags]: 0, or the sum of 1 (values), 2 (tag: values, scale, bias or row number) and 4
+        (arithmetic).
+        """
+        return verdict_of(self._verdicts)
 
     @property
     def num_embeddings(self) -> int:
@@ -183,7 +190,7 @@ class ProtectedEmbeddingBag(torch.nn.Module):  # type: ignore[misc]
         counts.calls += 1
         counts.bags += bags.count
         # Past PyTorch's own way of setting attributes, which takes longer than a small bag.
-        self.__dict__["verdict"] = found.verdict
+        self.__dict__["_verdicts"] = found.verdicts
         if found.unsound:
             counts.unsound += found.unsound
             self._react(bags, found)
@@ -206,15 +213,14 @@ class ProtectedEmbeddingBag(torch.nn.Module):  # type: ignore[misc]
     def _look_up(self, bags: Bags) -> Found:
         weight = self._buffers["weight"]
         assert weight is not None
-        if not (
-            weight.is_cpu and weight.is_contiguous() and weight.shape[1] * weight.itemsize == self._width
-        ):
+        rows, columns = weight.shape
+        if not (weight.is_cpu and weight.is_contiguous() and columns * weight.itemsize == self._width):
             raise UsageError(
                 f"table {self.name} is {weight.dtype} {tuple(weight.shape)} on {weight.device}: a protected "
                 "table stays on the CPU, and as protect_table gave it"
             )
-        if weight.shape[0] != self._rows:
-            self._rows = int(weight.shape[0])
+        if rows != self._rows:
+            self._rows = rows
             self._plan = self.row.plan(self._rows)
         return look_up(
             weight,

@@ -47,7 +47,7 @@ class Published:
         out = _bags(self.table, ids, offsets, False, 0, False, None)
         numbers = self.table[:, self.dim :].index_select(0, ids).view(torch.float32)
         each = torch.addcmul(numbers[:, 1] * self.dim, numbers[:, 0], self.sums[ids])
-        lengths = torch.diff(offsets, append=torch.tensor([ids.numel()]))
+        lengths = _lengths(ids, offsets)
         expected = torch.zeros(count).index_add_(0, torch.repeat_interleave(lengths), each)
         found = out.sum(1)
         return out, (found - expected).abs() > PUBLISHED * torch.maximum(found.abs(), expected.abs())
@@ -62,6 +62,7 @@ class InRow:
     Args:
         table: of `protect_table`, int8.
         sound: take the threshold that no round-off can pass, instead of 4e-7 of the magnitudes.
+        mean: give means of the bags instead of sums. Sums are what is checked; the division is not.
 
     Example:
         >>> from ckptflip.protect.embeddings import protect_table
@@ -71,8 +72,9 @@ class InRow:
         (torch.Size([2, 16]), [False, False])
     """
 
-    def __init__(self, table: torch.Tensor, sound: bool = False) -> None:
-        self.table, self.row, self.sound = table, Row("int8", _dim(table.shape[1])), sound
+    def __init__(self, table: torch.Tensor, sound: bool = False, mean: bool = False) -> None:
+        self.table, self.row = table, Row("int8", _dim(table.shape[1]))
+        self.sound, self.mean = sound, mean
         signs = torch.zeros(self.row.aten_columns)
         signs[: self.row.dim] = 1
         for place, weight in enumerate(self.row.weights):
@@ -85,14 +87,17 @@ class InRow:
     def __call__(
         self, ids: torch.Tensor, offsets: torch.Tensor, count: int, weights: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The sums of bags, float32[count, D], and which are flagged, bool[count]."""
+        """The sums or means of bags, float32[count, D], and which are flagged, bool[count]."""
         out = _bags(self.table, ids, offsets, False, 0, False, weights)
         residual = torch.mv(out, self.signs).abs()
         if self.sound:
             threshold = self._round_off(ids, offsets, count, weights)
         else:
             threshold = IN_ROW * torch.mv(out.abs(), self.magnitudes)
-        return out[:, : self.row.dim].contiguous(), residual > threshold
+        values = out[:, : self.row.dim].contiguous()
+        if self.mean:
+            values /= _lengths(ids, offsets).clamp(min=1).unsqueeze(1)
+        return values, residual > threshold
 
     def _round_off(
         self, ids: torch.Tensor, offsets: torch.Tensor, count: int, weights: torch.Tensor | None
@@ -104,7 +109,7 @@ class InRow:
         u = 2^-24. Source: Higham, Accuracy and Stability of Numerical Algorithms, 2nd edition, lemma 3.1 and
         section 4.2.
         """
-        lengths = torch.diff(offsets, append=torch.tensor([ids.numel()]))
+        lengths = _lengths(ids, offsets)
         roundings = (2 * lengths + self.row.aten_columns + 1).double() * 2.0**-24
         added = lengths.double()
         if weights is not None:
@@ -112,6 +117,10 @@ class InRow:
             added = torch.zeros(count, dtype=torch.float64).index_add_(0, bags, weights.abs().double())
         total = added * self.reach * float(self.magnitudes.sum())
         return (roundings / (1 - roundings) * total).float()
+
+
+def _lengths(ids: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    return torch.diff(offsets, append=torch.tensor([ids.numel()]))
 
 
 def _dim(width: int) -> int:

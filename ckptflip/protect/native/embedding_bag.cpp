@@ -32,15 +32,15 @@ INLINE float half_value(std::uint16_t word) { return half(word); }
 namespace ckptflip {
 namespace bags {
 
-Run generic_run(const Table &table) { return run_of(table); }
+Run generic_run(const Table &table, bool altered) { return run_of(table, altered); }
 
 namespace {
 
-Run fastest(const Table &table) {
+Run fastest(const Table &table, bool altered) {
   switch (isa()) {
-    case Isa::avx512: return avx512_run(table);
-    case Isa::avx2: return avx2_run(table);
-    default: return generic_run(table);
+    case Isa::avx512: return avx512_run(table, altered);
+    case Isa::avx2: return avx2_run(table, altered);
+    default: return generic_run(table, altered);
   }
 }
 
@@ -72,10 +72,10 @@ std::int64_t on_threads(Run run, const Table &table, const Call &call, std::int6
 }  // namespace bags
 
 // embedding_bag(isa, table, rows, ids, id_size, count, offsets, offset_size, listed, length, bags, weights, mean, padding,
-// out, verdict, threads): see `Table` and `Call`. How many verdicts are not sound, or -1 - b as `Run` has it. `isa`
+// out, verdict, threads, fault): see `Table`, `Call` and `Fault`; None for no fault. How many verdicts are not sound, or -1 - b as `Run` has it. `isa`
 // is the most that may be used: 0 generic, 1 AVX2, 2 all there is.
 PyObject *embedding_bag(PyObject *, Arguments arguments, Py_ssize_t given) {
-  if (!counted("embedding_bag", given, 17)) return nullptr;
+  if (!counted("embedding_bag", given, 18)) return nullptr;
   const std::int64_t which = integer(arguments[0]);
   char *described;
   Py_ssize_t size;
@@ -87,7 +87,17 @@ PyObject *embedding_bag(PyObject *, Arguments arguments, Py_ssize_t given) {
   bags::Table description;
   std::memcpy(&description, described, sizeof description);
   const bags::Table *const table = &description;
+  bags::Fault fault;
+  if (arguments[17] != Py_None) {
+    if (PyBytes_AsStringAndSize(arguments[17], &described, &size)) return nullptr;
+    if (size != sizeof fault) {
+      PyErr_SetString(PyExc_ValueError, "embedding_bag: a fault is described by 5 integers of 64 bits");
+      return nullptr;
+    }
+    std::memcpy(&fault, described, sizeof fault);
+  }
   bags::Call call{};
+  call.fault = arguments[17] == Py_None ? nullptr : &fault;
   call.rows = address<const std::uint8_t>(arguments[2]);
   call.ids = address<const void>(arguments[3]);
   call.id_size = integer(arguments[4]);
@@ -101,12 +111,17 @@ PyObject *embedding_bag(PyObject *, Arguments arguments, Py_ssize_t given) {
   call.mean = integer(arguments[12]);
   call.padding = integer(arguments[13]);
   call.out = address<float>(arguments[14]);
-  call.verdict = address<std::uint8_t>(arguments[15]);
+  if (!PyByteArray_Check(arguments[15]) || PyByteArray_Size(arguments[15]) < call.bags) {
+    PyErr_SetString(PyExc_TypeError, "embedding_bag: verdicts are a bytearray with a byte for each bag");
+    return nullptr;
+  }
+  call.verdict = reinterpret_cast<std::uint8_t *>(PyByteArray_AsString(arguments[15]));
   const std::int64_t threads = integer(arguments[16]);
   if (PyErr_Occurred()) return nullptr;
-  const bags::Run run = which == 0 ? bags::generic_run(*table)
-                        : which == 1 && isa() >= Isa::avx2 ? bags::avx2_run(*table)
-                                                           : bags::fastest(*table);
+  const bool altered = call.fault != nullptr;
+  const bags::Run run = which == 0 ? bags::generic_run(*table, altered)
+                        : which == 1 && isa() >= Isa::avx2 ? bags::avx2_run(*table, altered)
+                                                           : bags::fastest(*table, altered);
   if (!run) {
     PyErr_SetString(PyExc_ValueError, "embedding_bag: a table of an unknown kind");
     return nullptr;

@@ -28,6 +28,17 @@ struct Table {
   std::int64_t weight[8];  // of the digits
 };
 
+// What a fault in the arithmetic of a bag alters: the sum or its twin, after a look-up was added; the value that is
+// added; the scale or bias that it is added with; the factor of a mean; the check of codes' sums or of tags.
+enum class Part : std::int64_t { sum, twin, value, scale, bias, mean, plain, weighted };
+
+// One bit that is altered in a register, to see what the checks say of it. As Python packs it.
+struct Fault {
+  std::int64_t bag, step;  // of the bag's look-ups
+  Part part;
+  std::int64_t place, bit;  // which 32-bit word of the part: of values and sums a column, else a lane
+};
+
 struct Call {
   const std::uint8_t *rows;
   const void *ids;
@@ -39,6 +50,7 @@ struct Call {
   std::int64_t padding;  // an id that is skipped, or -1
   float *out;
   std::uint8_t *verdict;  // one for each bag
+  const Fault *fault;     // or null
 };
 
 enum Verdict : std::uint8_t { sound = 0, sum_differs = 1, tag_differs = 2, arithmetic_differs = 4 };
@@ -61,6 +73,19 @@ constexpr Table layout(std::int64_t kind, std::int64_t dim) {
     dim -= weight;
   }
   return table;
+}
+
+// Alters `words`, which hold a part from its word `first` on, if the fault is there. Of null nothing is left once it
+// is compiled.
+template <class T>
+[[gnu::always_inline]] inline void alter(T &words, const Fault *fault, Part part, std::int64_t first = 0) {
+  if (!fault || fault->part != part) return;
+  const std::int64_t word = fault->place - first;
+  if (word < 0 || word >= static_cast<std::int64_t>(sizeof words / 4)) return;
+  std::uint32_t bits;
+  std::memcpy(&bits, reinterpret_cast<const std::uint8_t *>(&words) + 4 * word, 4);
+  bits ^= std::uint32_t{1} << (fault->bit & 31);
+  std::memcpy(reinterpret_cast<std::uint8_t *>(&words) + 4 * word, &bits, 4);
 }
 
 template <class T> inline T load(const std::uint8_t *from) {
@@ -145,8 +170,9 @@ inline std::uint8_t verdict_of(const Differs &found, bool twice_the_same) {
 // beyond the table or offsets that go back or beyond the ids; nothing beyond the table was read then.
 using Run = std::int64_t (*)(const Table &, const Call &, std::int64_t first, std::int64_t last);
 
-Run avx512_run(const Table &table);
-Run avx2_run(const Table &table);
-Run generic_run(const Table &table);
+// `altered`: the same loops, with the fault of the call.
+Run avx512_run(const Table &table, bool altered);
+Run avx2_run(const Table &table, bool altered);
+Run generic_run(const Table &table, bool altered);
 
 }  // namespace ckptflip::bags

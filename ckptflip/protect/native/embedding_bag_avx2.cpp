@@ -17,11 +17,11 @@ INLINE float half_value(std::uint16_t word) { return _cvtsh_ss(word); }
 #include "embedding_bag_lanes.h"
 
 namespace ckptflip::bags {
-Run avx2_run(const Table &table) { return run_of(table); }
+Run avx2_run(const Table &table, bool altered) { return run_of(table, altered); }
 }  // namespace ckptflip::bags
 
 #else
 namespace ckptflip::bags {
-Run avx2_run(const Table &table) { return generic_run(table); }
+Run avx2_run(const Table &table, bool altered) { return generic_run(table, altered); }
 }  // namespace ckptflip::bags
 #endif

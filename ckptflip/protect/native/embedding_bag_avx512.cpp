@@ -3,6 +3,7 @@
 #if !defined(__clang__)
 // GCC's own header sets off its warning of values that are meant to be undefined.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 #include <immintrin.h>
 
@@ -71,6 +72,13 @@ template <std::int64_t kind> struct Checks {
     }
   }
 
+  INLINE void altered(const Fault *fault) {
+    alter(plain, fault, Part::plain);
+    alter(digits, fault, Part::plain, lanes);
+    alter(weighted, fault, Part::weighted);
+    alter(tags, fault, Part::weighted, lanes);
+  }
+
   INLINE Differs found() const {
     return {digits ^ static_cast<std::uint32_t>(_mm512_reduce_add_epi32(plain)),
             tags - static_cast<std::uint32_t>(_mm512_reduce_add_epi32(weighted))};
@@ -90,6 +98,7 @@ struct FloatChecks {
   }
 
   INLINE void bytes(__m512i words, std::int64_t) { plain = _mm512_add_epi32(plain, words); }
+  INLINE void altered(const Fault *fault) { alter(differs.sum, fault, Part::plain); }
   INLINE Differs found() const { return differs; }
 };
 
@@ -105,14 +114,19 @@ template <> struct Checks<fp32> : FloatChecks {
   INLINE void add(const Table &table, const std::uint8_t *at, std::uint64_t id) { row<fp32>(table, at, id); }
 };
 
+// Scale and bias of a row, in every lane.
 template <std::int64_t kind>
-INLINE void numbers(const Table &table, const std::uint8_t *row, float &scale, float &bias) {
+INLINE void numbers(const Table &table, const std::uint8_t *row, __m512 &scale, __m512 &bias) {
   if constexpr (kind == int8) {
-    scale = load<float>(row + table.width - 8);
-    bias = load<float>(row + table.width - 4);
+    scale = _mm512_set1_ps(load<float>(row + table.width - 8));
+    bias = _mm512_set1_ps(load<float>(row + table.width - 4));
   } else if constexpr (kind < 8) {
-    scale = _cvtsh_ss(load<std::uint16_t>(row + table.width - 4));
-    bias = _cvtsh_ss(load<std::uint16_t>(row + table.width - 2));
+    const __m512 both = _mm512_cvtph_ps(_mm256_set1_epi32(load<std::int32_t>(row + table.width - 4)));
+    scale = _mm512_moveldup_ps(both);
+    bias = _mm512_movehdup_ps(both);
+  } else {
+    scale = _mm512_set1_ps(1);
+    bias = _mm512_setzero_ps();
   }
 }
 
@@ -126,19 +140,23 @@ template <std::int64_t kind> INLINE __m512 values(const std::uint8_t *row, std::
   } else if constexpr (kind == int8) {
     return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, row + column)));
   } else {
-    // Eight or four bytes; at least as many follow a row's codes.
-    __m512i bytes, place, shift;
-    if constexpr (kind == int4) {
-      const __m512i all = _mm512_set1_epi64(load<std::int64_t>(row + column / 2));
-      place = _mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
-      shift = _mm512_set_epi32(4, 0, 4, 0, 4, 0, 4, 0, 4, 0, 4, 0, 4, 0, 4, 0);
-      bytes = _mm512_shuffle_epi8(all, place);
-    } else {
-      bytes = _mm512_set1_epi32(load<std::int32_t>(row + column / 4));
-      shift = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
-    }
-    return _mm512_cvtepi32_ps(_mm512_and_si512(_mm512_srlv_epi32(bytes, shift), _mm512_set1_epi32((1 << kind) - 1)));
+    // Eight or four bytes; at least as many follow a row's codes. Each lane takes its code by the low bits of an index:
+    // the other bits of it mean nothing.
+    const __m512i bytes = kind == int4 ? _mm512_set1_epi64(load<std::int64_t>(row + column / 2))
+                                       : _mm512_set1_epi32(load<std::int32_t>(row + column / 4));
+    const __m512i shift =
+        kind == int4 ? _mm512_set_epi32(28, 28, 24, 24, 20, 20, 16, 16, 12, 12, 8, 8, 4, 4, 0, 0)
+                     : _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+    const __m512 codes = kind == int4 ? _mm512_set_ps(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0)
+                                      : _mm512_set_ps(3, 2, 1, 0, 3, 2, 1, 0, 3, 2, 1, 0, 3, 2, 1, 0);
+    return _mm512_permutexvar_ps(_mm512_srlv_epi32(bytes, shift), codes);
   }
+}
+
+// The columns of a vector in their order: codes of 4 bits come as columns 0, 8, 1, 9 and so on.
+template <std::int64_t kind> INLINE __m512 in_order(__m512 sums) {
+  if constexpr (kind != int4) return sums;
+  return _mm512_permutexvar_ps(_mm512_set_epi32(15, 13, 11, 9, 7, 5, 3, 1, 14, 12, 10, 8, 6, 4, 2, 0), sums);
 }
 
 template <std::int64_t kind, int vectors> struct Sums {
@@ -150,16 +168,39 @@ template <std::int64_t kind, int vectors> struct Sums {
     for (int v = 0; v < vectors; ++v) sum[v] = twin[v] = _mm512_setzero_ps();
   }
 
-  INLINE void add(const std::uint8_t *row, std::int64_t column, float scale, float bias) {
-    const __m512 factor = _mm512_set1_ps(scale), shift = _mm512_set1_ps(bias);
+  INLINE void add(const Table &table, const std::uint8_t *row, std::int64_t column, const float *weight,
+                  const Fault *fault) {
+    __m512 scale, bias;
+    numbers<kind>(table, row, scale, bias);
     // The compiler must not see that these are the same once more.
-    __m512 factor_again = factor, shift_again = shift;
-    __asm__("" : "+v"(factor_again), "+v"(shift_again));
+    __m512 scale_again = scale, bias_again = bias;
+    __asm__("" : "+v"(scale_again), "+v"(bias_again));
+    if (weight) {
+      const __m512 factor = _mm512_set1_ps(*weight);
+      scale = _mm512_mul_ps(scale, factor);
+      bias = _mm512_mul_ps(bias, factor);
+      scale_again = _mm512_mul_ps(scale_again, factor);
+      bias_again = _mm512_mul_ps(bias_again, factor);
+    }
+    alter(scale, fault, Part::scale);
+    alter(bias, fault, Part::bias);
 #pragma GCC unroll 8
     for (int v = 0; v < vectors; ++v) {
-      const __m512 some = values<kind>(row, column + lanes * v, v + 1 < vectors ? 0xFFFF : last);
-      sum[v] = _mm512_fmadd_ps(factor, some, kind > 8 ? sum[v] : _mm512_add_ps(sum[v], shift));
-      twin[v] = _mm512_fmadd_ps(factor_again, some, kind > 8 ? twin[v] : _mm512_add_ps(twin[v], shift_again));
+      const std::int64_t place = column + lanes * v;
+      __m512 some = values<kind>(row, place, v + 1 < vectors ? 0xFFFF : last);
+      alter(some, fault, Part::value, place);
+      sum[v] = _mm512_fmadd_ps(scale, some, kind > 8 ? sum[v] : _mm512_add_ps(sum[v], bias));
+      twin[v] = _mm512_fmadd_ps(scale_again, some, kind > 8 ? twin[v] : _mm512_add_ps(twin[v], bias_again));
+      alter(sum[v], fault, Part::sum, place);
+      alter(twin[v], fault, Part::twin, place);
+    }
+  }
+
+  INLINE void finish(float factor, float factor_again) {
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; ++v) {
+      sum[v] = in_order<kind>(_mm512_mul_ps(sum[v], _mm512_set1_ps(factor)));
+      twin[v] = in_order<kind>(_mm512_mul_ps(twin[v], _mm512_set1_ps(factor_again)));
     }
   }
 
@@ -168,19 +209,20 @@ template <std::int64_t kind, int vectors> struct Sums {
 #pragma GCC unroll 8
     for (int v = 0; v < vectors; ++v) {
       // Of two NaN that meet in an addition, compilers may keep either: where both are NaN, they are the same.
-      const __mmask16 numbers = static_cast<__mmask16>(_mm512_cmp_ps_mask(sum[v], sum[v], _CMP_ORD_Q) |
-                                                       _mm512_cmp_ps_mask(twin[v], twin[v], _CMP_ORD_Q));
+      const int either = _mm512_cmp_ps_mask(sum[v], sum[v], _CMP_ORD_Q) |
+                         _mm512_cmp_ps_mask(twin[v], twin[v], _CMP_ORD_Q);
+      const auto numbers = static_cast<__mmask16>(either & (v + 1 < vectors ? 0xFFFF : last));
       differs = _mm512_or_si512(differs, _mm512_maskz_xor_epi32(numbers, _mm512_castps_si512(sum[v]),
                                                                 _mm512_castps_si512(twin[v])));
     }
     return _mm512_test_epi32_mask(differs, differs) == 0;
   }
 
-  INLINE void store(float *out, float factor) const {
+  INLINE void store(float *out) const {
 #pragma GCC unroll 8
     for (int v = 0; v < vectors; ++v)
       _mm512_mask_storeu_ps(out + lanes * v, v + 1 < vectors ? 0xFFFF : last,
-                            _mm512_mul_ps(sum[v], _mm512_set1_ps(factor)));
+                            sum[v]);
   }
 };
 
@@ -190,12 +232,14 @@ template <std::int64_t kind, int vectors> struct Sums {
 #include "embedding_bag_loop.h"
 
 namespace ckptflip::bags {
-Run avx512_run(const Table &table) { return __builtin_cpu_supports("avx512vnni") ? run_of(table) : avx2_run(table); }
+Run avx512_run(const Table &table, bool altered) {
+  return __builtin_cpu_supports("avx512vnni") ? run_of(table, altered) : avx2_run(table, altered);
+}
 }  // namespace ckptflip::bags
 
 #else
 #include "embedding_bag.h"
 namespace ckptflip::bags {
-Run avx512_run(const Table &table) { return generic_run(table); }
+Run avx512_run(const Table &table, bool altered) { return generic_run(table, altered); }
 }  // namespace ckptflip::bags
 #endif

@@ -36,6 +36,11 @@ template <std::int64_t kind> struct Checks {
     }
   }
 
+  INLINE void altered(const Fault *fault) {
+    alter(differs.sum, fault, Part::plain);
+    if constexpr (kind <= 8) alter(differs.tag, fault, Part::weighted);
+  }
+
   INLINE Differs found() const { return differs; }
 };
 
@@ -70,17 +75,39 @@ template <std::int64_t kind, int vectors> struct Sums {
 
   INLINE explicit Sums(std::int64_t left) : columns(std::min(left, most_columns)) {}
 
-  INLINE void add(const std::uint8_t *row, std::int64_t column, float scale, float bias) {
-    add_to(sum, row, column, scale, bias);
+  INLINE void add(const Table &table, const std::uint8_t *row, std::int64_t column, const float *weight,
+                  const Fault *fault) {
+    add_to(sum, table, row, column, weight, fault);
+    alter(sum, fault, Part::sum, column);
     // The compiler must not see that this is the same once more.
-    const std::uint8_t *volatile again = row;
-    volatile float numbers[] = {scale, bias};
-    add_to(twin, again, column, numbers[0], numbers[1]);
+    const std::uint8_t *volatile row_again = row;
+    const float *volatile weight_again = weight;
+    add_to(twin, table, row_again, column, weight_again, nullptr);
+    alter(twin, fault, Part::twin, column);
   }
 
-  INLINE void add_to(float *to, const std::uint8_t *row, std::int64_t column, float scale, float bias) {
-    for (std::int64_t j = 0; j < columns; ++j)
-      to[j] = multiply_add(scale, value<kind>(row, column + j), kind > 8 ? to[j] : to[j] + bias);
+  INLINE void add_to(float *to, const Table &table, const std::uint8_t *row, std::int64_t column, const float *weight,
+                     const Fault *fault) {
+    float scale = 1, bias = 0;
+    numbers<kind>(table, row, scale, bias);
+    if (weight) {
+      scale *= *weight;
+      bias *= *weight;
+    }
+    alter(scale, fault, Part::scale);
+    alter(bias, fault, Part::bias);
+    for (std::int64_t j = 0; j < columns; ++j) {
+      float some = value<kind>(row, column + j);
+      alter(some, fault, Part::value, column + j);
+      to[j] = multiply_add(scale, some, kind > 8 ? to[j] : to[j] + bias);
+    }
+  }
+
+  INLINE void finish(float factor, float factor_again) {
+    for (std::int64_t j = 0; j < columns; ++j) {
+      sum[j] *= factor;
+      twin[j] *= factor_again;
+    }
   }
 
   // Of two NaN that meet in an addition, compilers may keep either: NaN is like NaN.
@@ -92,8 +119,8 @@ template <std::int64_t kind, int vectors> struct Sums {
     return found;
   }
 
-  INLINE void store(float *out, float factor) const {
-    for (std::int64_t j = 0; j < columns; ++j) out[j] = sum[j] * factor;
+  INLINE void store(float *out) const {
+    for (std::int64_t j = 0; j < columns; ++j) out[j] = sum[j];
   }
 };
 
