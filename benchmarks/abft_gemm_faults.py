@@ -16,8 +16,9 @@ from ckptflip.protect.gemm.quantised import Quantised
 
 CHECKS = {
     "exact": ("exact", "beside"),
+    "mod 127": ("mod127", "beside"),
     "exact, columns": ("exact", "columns"),
-    "mod 127": ("mod127", "columns"),
+    "mod 127, columns": ("mod127", "columns"),
 }
 # Rows of a batch in which false alarms are looked for.
 BATCH = 512

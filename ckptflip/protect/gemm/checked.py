@@ -14,6 +14,7 @@ from ckptflip.protect.gemm.passes import check_and_write
 from ckptflip.protect.gemm.quantised import Quantised
 from ckptflip.protect.gemm.recovery import Call, settle_rows
 
+_CODES, _FLOAT, _EMPTY = torch.uint8, torch.float32, torch.empty
 ON_ERROR = ("raise", "count", "recompute", "correct")
 
 
@@ -87,20 +88,23 @@ class Checked:
             DetectedError: as `on_error` says.
             UsageError: x has another dtype or shape.
         """
-        if x.dtype is not torch.uint8 or x.dim() != 2 or x.shape[1] != self.inputs or not x.is_contiguous():
+        # The commonest calls take few steps: small products take no longer than a dozen.
+        shape, k = x.shape, self.inputs
+        if len(shape) != 2 or shape[1] != k or x.dtype is not _CODES or not x.is_contiguous():
             x = self._fitting(x)
-        packed = self.packed
+        packed, n, count = self.packed, self.outputs, shape[0]
         rows = product(packed, x)
         if self.between is not None:
             self.between(rows)
-        count, n = len(rows), self.outputs
-        out = rows if self.in_place else torch.empty((count, n), dtype=self.dtype)
+        if self.in_place:
+            out = rows
+        else:
+            out = _EMPTY(count, n) if self.dtype is _FLOAT else _EMPTY(count, n, dtype=self.dtype)
         if packed.compiled is not None and given is None and made is None:
-            # The commonest call, without the steps between: small products take no longer than a few.
-            at, width, k = rows.data_ptr(), packed.width, self.inputs
-            place, x_place = out.data_ptr(), x.data_ptr()
+            at = rows.data_ptr()
+            to = at if out is rows else out.data_ptr()
             found = packed.compiled(
-                packed.plan, at, width, count, x_place, k, place, n, 0, 0, x_scale, x_zero
+                packed.plan, at, packed.width, count, x.data_ptr(), k, to, n, 0, 0, x_scale, x_zero
             )
         else:
             found = check_and_write(packed, rows, x, out, x_scale, x_zero, given, made)

@@ -1,8 +1,9 @@
 """A quantised layer as oneDNN wants it, with its checksum: beside the packed weight, or in columns of it.
 
-**beside**: the row sums are kept as a vector of 16-bit digits, and multiplied with each row of the input by
-the pass that checks. The product is that of the stock operator. **columns**: their 8-bit digits are further
-columns of the packed weight, and the product computes them along; the width is a multiple of 16.
+**beside**: the row sums are kept as a vector of 16-bit digits, or of residues, and multiplied with each row
+of the input by the pass that checks. The product is that of the stock operator. **columns**: their 8-bit
+digits, or residues, are further columns of the packed weight, and the product computes them along; the width
+is a multiple of 16.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ import torch
 from ckptflip.errors import UsageError
 from ckptflip.protect.gemm.processor import SAFE, saturates
 from ckptflip.protect.gemm.quantised import Quantised
-from ckptflip.protect.gemm.sums import EXACT, digits, halves, residues, row_sums, widest
+from ckptflip.protect.gemm.sums import EXACT, MODULUS, digits, halves, residues, row_sums, widest
 from ckptflip.protect.native import kernels
 
 SCHEMES = ("exact", "mod127")
 PLACEMENTS = ("beside", "columns")
-_SCHEME_CODES = {("exact", "beside"): 0, ("exact", "columns"): 1, ("mod127", "columns"): 2}
 _MULTIPLE = 16
-_OPERATOR, _FLOAT = torch.ops.onednn.qlinear_pointwise.default, torch.float32
+# The operator itself: what stands around it only calls it, and takes longer than the check of small rows.
+_OPERATOR, _FLOAT = torch.ops.onednn.qlinear_pointwise.default._op, torch.float32
 _ONE, _NONE = torch.ones(1), torch.zeros(1, dtype=torch.int64)
 
 
@@ -35,7 +36,7 @@ class Packed:
         scheme, placement: how it is checked.
         weight: the packed weight, opaque.
         width: columns of the product: n, or n with those of the checksum, padded.
-        sums: int64, (k,): the row sums, modulo 127 as they are checked or exact.
+        sums: int64, (k,): the row sums.
         columns: int8, (d, k): the columns of the checksum, or None.
         widest: the largest accumulator that any input can make; below 2^24 all are exact in float32.
         zeros, scales, shifts: what turns accumulators into results: int32, float32, float32, of shape (n,).
@@ -79,8 +80,8 @@ def pack(layer: Quantised, *, scheme: str = "exact", placement: str | None = Non
 
     Args:
         layer: its numbers.
-        scheme: `exact`, or `mod127`, the published one.
-        placement: of the checksum, `beside` or `columns`; None: beside for `exact`, columns for `mod127`.
+        scheme: `exact`, or `mod127`, that of arXiv 2103.00130, which has its checksum in columns.
+        placement: of the checksum, `beside` or `columns`; None: beside.
 
     Raises:
         UsageError: there is no such scheme or placement, or not together; or this processor would compute
@@ -88,14 +89,14 @@ def pack(layer: Quantised, *, scheme: str = "exact", placement: str | None = Non
 
     Example:
         >>> layer = Quantised(torch.ones(20, 8, dtype=torch.int8), torch.ones(1))
-        >>> pack(layer, scheme="mod127").width, pack(layer).width
+        >>> pack(layer, placement="columns").width, pack(layer).width
         (32, 20)
     """
-    placement = placement or ("columns" if scheme == "mod127" else "beside")
-    if (scheme, placement) not in _SCHEME_CODES:
+    placement = placement or PLACEMENTS[0]
+    if scheme not in SCHEMES or placement not in PLACEMENTS:
         raise UsageError(
-            f"there is no check {scheme!r} with its checksum {placement!r}: exact goes with beside and "
-            "columns, mod127 with columns"
+            f"there is no check {scheme!r} with its checksum {placement!r}: schemes are "
+            f"{' and '.join(SCHEMES)}, placements {' and '.join(PLACEMENTS)}"
         )
     sums = row_sums(layer.weight)
     columns, width = None, layer.outputs
@@ -142,21 +143,24 @@ def _planned(
     if layer.x_scale is not None:
         zeros = zeros * layer.x_zero
     scales = layer.weight_scale.expand(n).contiguous()
-    shifts = torch.zeros(n) if layer.bias is None else layer.bias.clone()
+    # Adding -0.0 changes no number, not even a zero's sign.
+    shifts = torch.full((n,), -0.0) if layer.bias is None else layer.bias.clone()
     shifted = zeros if layer.x_scale is None or layer.x_zero else None
-    low, high = halves(sums)
+    low, high = halves(residues(sums)[0].long() if scheme == "mod127" else sums)
+    each = len(layer.weight_scale) > 1 or layer.bias is not None or (layer.relu and layer.out_scale is None)
     native, plan = kernels(), None
     if native is not None:
         plan = native.gemm_plan(
             n,
             layer.inputs,
-            _SCHEME_CODES[scheme, placement],
+            MODULUS if scheme == "mod127" else 0,
             0 if columns is None else len(columns),
             low.data_ptr(),
             0 if high is None else high.data_ptr(),
             0 if shifted is None else shifted.data_ptr(),
             scales.data_ptr(),
             shifts.data_ptr(),
+            int(each),
             int(layer.out_scale is not None),
             layer.x_scale or 1.0,
             0.0 if layer.relu and layer.out_scale is None else -float("inf"),

@@ -88,9 +88,10 @@ def residuals(packed: Packed, rows: torch.Tensor, x: torch.Tensor) -> torch.Tens
     wide = rows.double()
     total = wide[:, : packed.layer.outputs].sum(1)
     if packed.columns is None:
-        return total - x.double() @ packed.sums.double()
-    powers = 256.0 ** torch.arange(len(packed.columns), dtype=torch.float64)
-    off = total - wide[:, packed.layer.outputs : packed.used] @ powers
+        off = total - x.double() @ packed.sums.double()
+    else:
+        powers = 256.0 ** torch.arange(len(packed.columns), dtype=torch.float64)
+        off = total - wide[:, packed.layer.outputs : packed.used] @ powers
     return torch.remainder(off, MODULUS) if packed.scheme == "mod127" else off
 
 

@@ -14,21 +14,30 @@ constexpr int kLanes = 16;
 constexpr std::int32_t kExact = 1 << 24;
 // So many vectors of numbers below 2^25 sum up within 32 bits.
 constexpr std::int64_t kFold = 64 * kLanes;
+// So many products of a code and a residue modulo 127 do as well.
+constexpr std::int64_t kStretch = 1 << 16;
 
 typedef float Singles __attribute__((vector_size(4 * kLanes)));
 typedef std::int32_t Words __attribute__((vector_size(4 * kLanes)));
 typedef std::uint32_t Counts __attribute__((vector_size(4 * kLanes)));
 typedef std::uint8_t Codes __attribute__((vector_size(kLanes)));
 
-enum Scheme : std::int64_t { kBeside = 0, kDigits = 1, kModulo = 2 };
+// Accumulators are asked for so many ahead of the sum, and the next row while one is written, where both and what
+// scales them fit into the nearest cache: a product leaves them in one further off.
+constexpr std::int64_t kSoon = 512;
+constexpr std::int64_t kAhead = 3072;
+
 enum Verdict : char { kHolds = 0, kFaulty = 1, kWide = 2, kInput = 3 };
 
 // What does not change from call to call; made by `gemm_plan`, kept by the caller as bytes.
 struct Plan {
-  std::int64_t outputs, inputs, scheme, digits;
+  std::int64_t outputs, inputs;
+  std::int64_t modulus;  // of the comparison, or 0
+  std::int64_t digits;   // columns of the checksum, or 0 where it lies beside
   const std::int16_t *low, *high;
   const std::int32_t *zeros;  // what inputs of a zero point other than 0 add to each column, or null
   const float *scales, *shifts;
+  std::int64_t each;    // whether outputs differ: in their scales, by what is added, or by a least result
   std::int64_t narrow;  // whether results are codes
   float x_scale, lowest, per_step, code_zero, code_lowest;
 };
@@ -57,42 +66,62 @@ inline std::int32_t whole(float number) {
   return number > -2147483648.0f && number < 2147483648.0f ? static_cast<std::int32_t>(number) : INT32_MIN;
 }
 
-// Adds numbers shifted to be positive; sets bits from 2^25 up for those that are not exact.
+// Adds numbers; sets bits from 2^25 up for those that, shifted to be positive, are not exact.
 struct Sum {
+  static constexpr std::uint32_t kShift = kExact;
   std::int64_t total = 0;
   std::uint32_t beyond = 0;
 
   CKPTFLIP_INLINE void add(const float *row, std::int64_t n) {
-    Counts bits = {};
+    Counts bits[2] = {};
     std::int64_t j = 0;
     while (j + kLanes <= n) {
-      Counts sums = {};
-      const std::int64_t end = n - j < kFold ? n - kLanes : j + kFold - kLanes;
-      for (; j <= end; j += kLanes) {
-        const Words numbers = whole(loaded<Singles>(row + j));
-        const Counts shifted = loaded<Counts>(&numbers) + static_cast<std::uint32_t>(kExact);
-        sums += shifted;
-        bits |= shifted;
+      Counts sums[2] = {};
+      const std::int64_t end = n - j < kFold ? n : j + kFold;
+      for (; j + 2 * kLanes <= end; j += 2 * kLanes) {
+        __builtin_prefetch(row + j + kSoon);
+        __builtin_prefetch(row + j + kSoon + kLanes);
+        add(row + j, sums[0], bits[0]);
+        add(row + j + kLanes, sums[1], bits[1]);
       }
-      for (int lane = 0; lane < kLanes; ++lane) total += sums[lane];
+      if (j + kLanes <= end) {
+        add(row + j, sums[0], bits[0]);
+        j += kLanes;
+      }
+      const Counts both = sums[0] + sums[1];
+      const Words found = loaded<Words>(&both);
+      for (int lane = 0; lane < kLanes; ++lane) total += found[lane];
     }
-    for (int lane = 0; lane < kLanes; ++lane) beyond |= bits[lane];
+    bits[0] |= bits[1];
+    for (int lane = 0; lane < kLanes; ++lane) beyond |= bits[0][lane];
     for (; j < n; ++j) {
-      const std::uint32_t shifted = static_cast<std::uint32_t>(whole(row[j])) + static_cast<std::uint32_t>(kExact);
-      total += shifted;
-      beyond |= shifted;
+      const std::int32_t number = whole(row[j]);
+      total += number;
+      beyond |= static_cast<std::uint32_t>(number) + kShift;
     }
-    total -= n * kExact;
+  }
+
+  static CKPTFLIP_INLINE void add(const float *row, Counts &sums, Counts &bits) {
+    const Words numbers = whole(loaded<Singles>(row));
+    const Counts counts = loaded<Counts>(&numbers);
+    sums += counts;
+    bits |= counts + kShift;
   }
 
   bool exact() const { return beyond < 2u * kExact; }
 };
 
-// The sum that the codes of an input and the sums of the weight's rows foresee, modulo 2^32.
-CKPTFLIP_INLINE std::uint32_t foreseen(const std::uint8_t *x, const std::int16_t *sums, std::int64_t k) {
-  std::uint32_t total = 0;
-  for (std::int64_t p = 0; p < k; ++p)
-    total += static_cast<std::uint32_t>(static_cast<std::int32_t>(static_cast<std::int16_t>(x[p])) * sums[p]);
+// The sum that the codes of an input and the sums of the weight's rows foresee: modulo 2^32, and as it is where sums
+// are residues, of which a stretch adds up within 32 bits.
+CKPTFLIP_INLINE std::int64_t foreseen(const std::uint8_t *x, const std::int16_t *sums, std::int64_t k) {
+  std::int64_t total = 0;
+  for (std::int64_t begin = 0; begin < k; begin += kStretch) {
+    const std::int64_t end = k - begin < kStretch ? k : begin + kStretch;
+    std::uint32_t stretch = 0;
+    for (std::int64_t p = begin; p < end; ++p)
+      stretch += static_cast<std::uint32_t>(static_cast<std::int32_t>(static_cast<std::int16_t>(x[p])) * sums[p]);
+    total += static_cast<std::int32_t>(stretch);
+  }
   return total;
 }
 
@@ -106,10 +135,11 @@ CKPTFLIP_INLINE Verdict judged(const Plan &plan, const float *row, const std::ui
   Sum sum;
   sum.add(row, plan.outputs);
   if (!sum.exact()) return kWide;
-  if (plan.scheme == kBeside) {
-    std::uint32_t wanted = foreseen(x, plan.low, plan.inputs);
-    if (plan.high) wanted += foreseen(x, plan.high, plan.inputs) << 16;
-    return static_cast<std::uint32_t>(sum.total) == wanted ? kHolds : kFaulty;
+  std::int64_t off = sum.total;
+  if (plan.digits == 0) {
+    off -= foreseen(x, plan.low, plan.inputs);
+    if (plan.high) off -= foreseen(x, plan.high, plan.inputs) * 65536;
+    if (plan.modulus == 0) return static_cast<std::uint32_t>(off) == 0 ? kHolds : kFaulty;
   }
   std::int64_t wanted = 0;
   for (std::int64_t digit = plan.digits - 1; digit >= 0; --digit) {
@@ -117,58 +147,91 @@ CKPTFLIP_INLINE Verdict judged(const Plan &plan, const float *row, const std::ui
     if (column <= -kExact || column >= kExact) return kWide;
     wanted = wanted * 256 + column;
   }
-  const std::int64_t off = sum.total - wanted;
-  return (plan.scheme == kModulo ? off % 127 : off) == 0 ? kHolds : kFaulty;
+  off -= wanted;
+  return (plan.modulus ? off % plan.modulus : off) == 0 ? kHolds : kFaulty;
 }
 
-// The same operations in the same order as oneDNN's, so that results have the same bits. Fractions, which only a fault
-// can make of an accumulator, are cut off: they do not reach the result.
-CKPTFLIP_INLINE Singles scaled(const Plan &plan, const float *row, std::int64_t j) {
-  Words numbers = whole(loaded<Singles>(row + j));
-  if (plan.zeros) numbers -= loaded<Words>(plan.zeros + j);
-  return __builtin_convertvector(numbers, Singles) * plan.x_scale * loaded<Singles>(plan.scales + j) +
-         loaded<Singles>(plan.shifts + j);
-}
+// What makes results of accumulators: the same operations in the same order as oneDNN's, so that results have the same
+// bits. Fractions, which only a fault can make of an accumulator, are cut off: they do not reach the result. Held by
+// value: what is written can then not be taken for a change of it.
+template <bool shifted, bool each> struct Scaling {
+  const std::int32_t *zeros;
+  const float *scales, *shifts;
+  float x_scale, scale;
 
-inline float scaled_one(const Plan &plan, const float *row, std::int64_t j) {
-  const std::int32_t number = whole(row[j]) - (plan.zeros ? plan.zeros[j] : 0);
-  return static_cast<float>(number) * plan.x_scale * plan.scales[j] + plan.shifts[j];
-}
+  explicit Scaling(const Plan &plan)
+      : zeros(plan.zeros), scales(plan.scales), shifts(plan.shifts), x_scale(plan.x_scale), scale(*plan.scales) {}
 
-CKPTFLIP_INLINE void written(const Plan &plan, const float *row, float *out) {
+  CKPTFLIP_INLINE Singles vector(const float *row, std::int64_t j) const {
+    Words numbers = whole(loaded<Singles>(row + j));
+    if (shifted) numbers -= loaded<Words>(zeros + j);
+    const Singles found = __builtin_convertvector(numbers, Singles) * x_scale;
+    return each ? found * loaded<Singles>(scales + j) + loaded<Singles>(shifts + j) : found * scale;
+  }
+
+  CKPTFLIP_INLINE float one(const float *row, std::int64_t j) const {
+    const float found = static_cast<float>(whole(row[j]) - (shifted ? zeros[j] : 0)) * x_scale;
+    return each ? found * scales[j] + shifts[j] : found * scale;
+  }
+};
+
+template <bool shifted, bool each>
+CKPTFLIP_INLINE void written(const Plan &plan, const float *row, std::int64_t ahead, float *out) {
+  const Scaling<shifted, each> scaling(plan);
+  const std::int64_t n = plan.outputs;
+  const float least = plan.lowest;
+  const Singles lowest = Singles{} + least;
   std::int64_t j = 0;
-  for (; j + kLanes <= plan.outputs; j += kLanes) {
-    Singles numbers = scaled(plan, row, j);
-    numbers = numbers < plan.lowest ? Singles{} + plan.lowest : numbers;
+  for (; j + kLanes <= n; j += kLanes) {
+    __builtin_prefetch(row + ahead + j);
+    Singles numbers = scaling.vector(row, j);
+    if (each) numbers = numbers > lowest ? numbers : lowest;
     std::memcpy(out + j, &numbers, sizeof numbers);
   }
-  for (; j < plan.outputs; ++j) {
-    const float number = scaled_one(plan, row, j);
-    out[j] = number < plan.lowest ? plan.lowest : number;
+  for (; j < n; ++j) {
+    const float number = scaling.one(row, j);
+    out[j] = !each || number > least ? number : least;
   }
 }
 
 // To the nearest code, ties to even: adding and taking away 2^23 rounds a number from 0 to 255.
-CKPTFLIP_INLINE void written(const Plan &plan, const float *row, std::uint8_t *out) {
+template <bool shifted, bool each>
+CKPTFLIP_INLINE void written(const Plan &plan, const float *row, std::int64_t, std::uint8_t *out) {
   constexpr float kRound = 8388608.0f;
+  const Scaling<shifted, each> scaling(plan);
+  const std::int64_t n = plan.outputs;
+  const float per_step = plan.per_step, zero = plan.code_zero, least = plan.code_lowest;
+  const Singles lowest = Singles{} + least, highest = Singles{} + 255.0f;
   std::int64_t j = 0;
-  for (; j + kLanes <= plan.outputs; j += kLanes) {
-    Singles steps = scaled(plan, row, j) * plan.per_step + plan.code_zero;
-    steps = steps < plan.code_lowest ? Singles{} + plan.code_lowest : steps;
-    steps = steps > 255.0f ? Singles{} + 255.0f : steps;
+  for (; j + kLanes <= n; j += kLanes) {
+    Singles steps = scaling.vector(row, j) * per_step + zero;
+    steps = lowest > steps ? lowest : steps;
+    steps = highest < steps ? highest : steps;
     const Codes bytes = __builtin_convertvector(whole((steps + kRound) - kRound), Codes);
     std::memcpy(out + j, &bytes, sizeof bytes);
   }
-  for (; j < plan.outputs; ++j) {
-    float steps = scaled_one(plan, row, j) * plan.per_step + plan.code_zero;
-    steps = steps < plan.code_lowest ? plan.code_lowest : steps > 255.0f ? 255.0f : steps;
+  for (; j < n; ++j) {
+    float steps = scaling.one(row, j) * per_step + zero;
+    steps = steps < least ? least : steps > 255.0f ? 255.0f : steps;
     out[j] = static_cast<std::uint8_t>((steps + kRound) - kRound);
   }
 }
 
+template <class Result>
+CKPTFLIP_INLINE void written(const Plan &plan, const float *row, std::int64_t ahead, Result *out) {
+  if (plan.zeros)
+    written<true, true>(plan, row, ahead, out);
+  else if (plan.each)
+    written<false, true>(plan, row, ahead, out);
+  else
+    written<false, false>(plan, row, ahead, out);
+}
+
 // The verdicts of all rows, empty where all hold.
 CKPTFLIP_INLINE void checked(const Plan &plan, const Call &call, std::vector<char> &verdicts) {
+  const std::int64_t step = plan.outputs <= kAhead ? call.stride : 0;
   for (std::int64_t i = 0; i < call.count; ++i) {
+    const std::int64_t ahead = i + 1 < call.count ? step : 0;
     const float *row = call.rows + i * call.stride;
     const std::uint8_t *x = call.x + i * call.x_stride;
     Verdict verdict = judged(plan, row, x);
@@ -179,11 +242,11 @@ CKPTFLIP_INLINE void checked(const Plan &plan, const Call &call, std::vector<cha
       continue;
     }
     if (!plan.narrow) {
-      written(plan, row, static_cast<float *>(call.out) + i * call.out_stride);
+      written(plan, row, ahead, static_cast<float *>(call.out) + i * call.out_stride);
       continue;
     }
     std::uint8_t *out = static_cast<std::uint8_t *>(call.out) + i * call.out_stride;
-    written(plan, row, out);
+    written(plan, row, ahead, out);
     if (call.made) call.made[i] = summed(out, plan.outputs);
   }
 }
@@ -204,31 +267,32 @@ void checked_generic(const Plan &plan, const Call &call, std::vector<char> &verd
 void of_call(Plan &plan, float x_scale, std::int32_t x_zero, std::vector<std::int32_t> &zeros) {
   plan.x_scale = x_scale;
   if (!plan.zeros) return;
-  if (x_zero)
-    for (std::int64_t j = 0; j < plan.outputs; ++j) zeros.push_back(x_zero * plan.zeros[j]);
+  if (x_zero) zeros.assign(plan.zeros, plan.zeros + plan.outputs);
+  for (std::int32_t &zero : zeros) zero *= x_zero;
   plan.zeros = x_zero ? zeros.data() : nullptr;
 }
 
 }  // namespace
 
 PyObject *gemm_plan(PyObject *, Arguments given, Py_ssize_t count) {
-  if (!counted("gemm_plan", count, 15)) return nullptr;
+  if (!counted("gemm_plan", count, 16)) return nullptr;
   Plan plan;
   plan.outputs = integer(given[0]);
   plan.inputs = integer(given[1]);
-  plan.scheme = integer(given[2]);
+  plan.modulus = integer(given[2]);
   plan.digits = integer(given[3]);
   plan.low = address<std::int16_t>(given[4]);
   plan.high = address<std::int16_t>(given[5]);
   plan.zeros = address<std::int32_t>(given[6]);
   plan.scales = address<float>(given[7]);
   plan.shifts = address<float>(given[8]);
-  plan.narrow = integer(given[9]);
-  plan.x_scale = static_cast<float>(PyFloat_AsDouble(given[10]));
-  plan.lowest = static_cast<float>(PyFloat_AsDouble(given[11]));
-  plan.per_step = static_cast<float>(PyFloat_AsDouble(given[12]));
-  plan.code_zero = static_cast<float>(integer(given[13]));
-  plan.code_lowest = static_cast<float>(integer(given[14]));
+  plan.each = integer(given[9]);
+  plan.narrow = integer(given[10]);
+  plan.x_scale = static_cast<float>(PyFloat_AsDouble(given[11]));
+  plan.lowest = static_cast<float>(PyFloat_AsDouble(given[12]));
+  plan.per_step = static_cast<float>(PyFloat_AsDouble(given[13]));
+  plan.code_zero = static_cast<float>(integer(given[14]));
+  plan.code_lowest = static_cast<float>(integer(given[15]));
   if (PyErr_Occurred()) return nullptr;
   return PyBytes_FromStringAndSize(reinterpret_cast<const char *>(&plan), sizeof plan);
 }
