@@ -255,6 +255,45 @@ def test_codes_of_another_width_are_refused_in_words():
         layer(torch.zeros(2, 2, 2, dtype=torch.uint8))
 
 
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_a_compiled_model_has_the_same_results_counts_and_errors(x, calibrated):
+    """Layers are left out of the graph: silently, and with no compilation anew from call to call."""
+    converted = protect(perceptron(), calibration=[x] if calibrated else None)
+    wanted, layer = converted.model(x), converted.model[2]
+    torch._dynamo.reset()
+    compiled = torch.compile(converted.model, backend="eager")
+    with torch.no_grad():
+        compiled(x)
+    with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(2):
+            assert torch.equal(compiled(x), wanted) and layer.verdict is None
+        assert converted.detections().calls == 8
+        with weight_faults(layer.checked, Policy(bits="6"), seed=2):
+            with pytest.raises(DetectedError, match=r"^2: "):
+                compiled(x)
+            assert 1 in layer.verdict
+    torch._dynamo.reset()
+    with torch.no_grad(), pytest.raises(torch._dynamo.exc.Unsupported, match="disable"):
+        torch.compile(converted.model, backend="eager", fullgraph=True)(x)
+
+
+def test_codes_keep_their_digests_in_a_compiled_model():
+    random = torch.Generator().manual_seed(5)
+    weight = torch.randint(-128, 128, (12, 12), generator=random, dtype=torch.int8)
+    narrow = Quantised(weight, torch.ones(1), None, 0.1, 3, 90.0, 128)
+    layers = [QuantisedLinear(narrow, digests=True) for _ in range(2)]
+    x = torch.randint(0, 256, (6, 12), generator=random, dtype=torch.uint8)
+
+    def model(x):
+        made = layers[0](x)
+        flipped_outside(made)
+        return layers[1](made)
+
+    flipped_outside = torch.compiler.disable(lambda made: flipped(made, "codes", Policy(), seed=1))
+    with pytest.raises(DetectedError, match="changed after it was made"):
+        torch.compile(model, backend="eager")(x)
+
+
 def test_an_input_that_wants_gradients_is_no_warning():
     layer = ProtectedLinear(quantise(torch.nn.Linear(20, 4)))
     assert not layer(torch.rand(2, 20, requires_grad=True)).requires_grad

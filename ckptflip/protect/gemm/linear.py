@@ -36,14 +36,26 @@ class _Protected(torch.nn.Module):  # type: ignore[misc]
     checked: Checked
 
     def __init__(
-        self, layer: Quantised, scheme: str, placement: str | None, on_error: str, name: str
+        self,
+        layer: Quantised,
+        *,
+        scheme: str = "exact",
+        placement: str | None = None,
+        on_error: str = "raise",
+        name: str = "linear",
     ) -> None:
+        self._refuse_numbers(layer)
         super().__init__()
         packed = pack(layer, scheme=scheme, placement=placement)
         self.checked = Checked(packed, on_error=on_error, name=name)
         self.in_features, self.out_features = layer.inputs, layer.outputs
         self._crc = _crc(packed)
         self.eval()
+
+    @staticmethod
+    def _refuse_numbers(layer: Quantised) -> None:
+        """Raise UsageError where this kind of layer needs a scale that is missing, or has no use for one."""
+        raise NotImplementedError
 
     def verify(self) -> None:
         """Check the numbers in memory that no checksum of the product covers: scales, biases, codes, sums.
@@ -77,6 +89,12 @@ class _Protected(torch.nn.Module):  # type: ignore[misc]
             f"{self.checked.name} takes floats or codes of shape (…, {self.in_features}), not {x.dtype} of "
             f"{tuple(x.shape)}"
         )
+
+    def _outside(self, x: torch.Tensor) -> torch.Tensor:
+        """The same results while `torch.compile` traces: left out of its graph."""
+        from ckptflip.protect.gemm.uncompiled import called
+
+        return called(self.forward, x)
 
     def extra_repr(self) -> str:
         """What is computed and how it is checked, for ``print(model)``."""
@@ -139,8 +157,8 @@ class QuantisedLinear(_Protected):
 
     Args:
         layer: its numbers; with scales of the input.
-        scheme: `exact`, or `mod127`, the published one (arXiv 2103.00130).
-        placement: of the checksum: `beside` the packed weight or in `columns` of it; None chooses.
+        scheme: `exact`, or `mod127`, that of arXiv 2103.00130.
+        placement: of the checksum: `beside` the packed weight (None) or in `columns` of it, as published.
         on_error: `raise`, `count`, `recompute` or `correct`.
         name: for messages.
         digests: whether codes that come from another such layer are checked against the sums it made of them;
@@ -165,19 +183,24 @@ class QuantisedLinear(_Protected):
         name: str = "linear",
         digests: bool = False,
     ) -> None:
+        super().__init__(layer, scheme=scheme, placement=placement, on_error=on_error, name=name)
+        self.digests = digests
+
+    @staticmethod
+    def _refuse_numbers(layer: Quantised) -> None:
         if layer.x_scale is None:
             raise UsageError("a layer on codes needs the scale of its input's codes, x_scale")
-        super().__init__(layer, scheme, placement, on_error, name)
-        self.digests = digests
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Results, float32 or uint8 of shape (…, n), of codes, uint8 of shape (…, k)."""
+        if torch.compiler.is_dynamo_compiling():
+            return self._outside(x)
+        if x.dim() == 2 and not self.digests:
+            return self.checked.run(x)
         if x.shape[-1:] != (self.in_features,):
             self._refuse_other(x)
         if self.digests:
             return self._with_digests(x)
-        if x.dim() == 2:
-            return self.checked.run(x)
         return self.checked.run(x.reshape(-1, self.in_features)).reshape(*x.shape[:-1], self.out_features)
 
     def _with_digests(self, x: torch.Tensor) -> torch.Tensor:
@@ -211,21 +234,15 @@ class ProtectedLinear(_Protected):
         True
     """
 
-    def __init__(
-        self,
-        layer: Quantised,
-        *,
-        scheme: str = "exact",
-        placement: str | None = None,
-        on_error: str = "raise",
-        name: str = "linear",
-    ) -> None:
+    @staticmethod
+    def _refuse_numbers(layer: Quantised) -> None:
         if layer.out_scale is not None:
             raise UsageError("a layer on floats gives floats: leave out_scale out")
-        super().__init__(layer, scheme, placement, on_error, name)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Results of shape (…, n) of floats of shape (…, k), in their dtype."""
+        if torch.compiler.is_dynamo_compiling():
+            return self._outside(x)
         if x.shape[-1:] != (self.in_features,) or not x.is_floating_point():
             self._refuse_other(x)
         layer = self.checked.packed.layer
@@ -246,23 +263,17 @@ class ProtectedQuantized(_Protected):
         scheme, placement, on_error, name: as of `QuantisedLinear`.
     """
 
-    def __init__(
-        self,
-        layer: Quantised,
-        *,
-        scheme: str = "exact",
-        placement: str | None = None,
-        on_error: str = "raise",
-        name: str = "linear",
-    ) -> None:
+    @staticmethod
+    def _refuse_numbers(layer: Quantised) -> None:
         if layer.out_scale is None or layer.x_scale is not None:
             raise UsageError(
                 "a layer on quantised tensors has a scale of its results, and its input brings one"
             )
-        super().__init__(layer, scheme, placement, on_error, name)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Results as quint8 of shape (…, n) of quint8 of shape (…, k)."""
+        if torch.compiler.is_dynamo_compiling():
+            return self._outside(x)
         if x.shape[-1:] != (self.in_features,) or x.dtype is not torch.quint8:
             self._refuse_other(x)
         layer = self.checked.packed.layer
