@@ -15,6 +15,7 @@ try:
 except ImportError as error:
     raise MissingExtraError("torch", "torch", "Protected embedding bags") from error
 
+from ckptflip.protect.embeddings.ids import seal_ids
 from ckptflip.protect.embeddings.look_up import ARITHMETIC, Bags, Found, bags_of, look_up, verdict_of
 from ckptflip.protect.embeddings.rows import Row
 from ckptflip.protect.embeddings.tables import (
@@ -38,6 +39,7 @@ class Counts:
         unsound: bags that were found unsound when they were first looked up.
         recomputed: bags that were sound when they were looked up once more.
         restored, zeroed: rows.
+        altered_ids: calls whose ids did not fit their seal.
     """
 
     calls: int = 0
@@ -46,6 +48,7 @@ class Counts:
     recomputed: int = 0
     restored: int = 0
     zeroed: int = 0
+    altered_ids: int = 0
 
 
 class ProtectedEmbeddingBag(torch.nn.Module):  # type: ignore[misc]
@@ -166,6 +169,8 @@ class ProtectedEmbeddingBag(torch.nn.Module):  # type: ignore[misc]
         input: torch.Tensor,
         offsets: torch.Tensor | None = None,
         per_sample_weights: torch.Tensor | None = None,
+        *,
+        seal: int | None = None,
     ) -> torch.Tensor:
         """As `torch.nn.EmbeddingBag.forward`, without gradients.
 
@@ -173,6 +178,9 @@ class ProtectedEmbeddingBag(torch.nn.Module):  # type: ignore[misc]
             input: int32 or int64[bags, length], or [n] with offsets.
             offsets: int32 or int64[bags], or [bags + 1] with `include_last_offset`.
             per_sample_weights: float, of the shape of `input`; for sums alone.
+            seal: what `ckptflip.protect.embeddings.ids.seal_ids` gave for `input` and `offsets` where they
+                were made. It is looked at before the look-up. Nothing brings altered ids back: they are
+                counted with ``on_error="count"``, and raise otherwise.
 
         Returns:
             float32[bags, D]; bfloat16 of a table in bfloat16.
@@ -183,6 +191,8 @@ class ProtectedEmbeddingBag(torch.nn.Module):  # type: ignore[misc]
         """
         if per_sample_weights is not None and self.mode != "sum":
             raise UsageError(f"table {self.name}: per_sample_weights are for mode='sum' alone")
+        if seal is not None:
+            self._check_seal(input, offsets, seal)
         last = self.include_last_offset and input.dim() == 1
         bags = bags_of(input, offsets, per_sample_weights, last, self.name)
         found = self._look_up(bags)
@@ -209,6 +219,17 @@ class ProtectedEmbeddingBag(torch.nn.Module):  # type: ignore[misc]
     def extra_repr(self) -> str:
         """What `repr` shows."""
         return f"{self.num_embeddings}, {self.embedding_dim}, layout={self.layout}, mode={self.mode}"
+
+    def _check_seal(self, ids: torch.Tensor, offsets: torch.Tensor | None, seal: int) -> None:
+        found = seal_ids(ids, offsets)
+        if found == seal:
+            return
+        self.counts.altered_ids += 1
+        if self.on_error != "count":
+            raise DetectedError(
+                f"table {self.name}: the ids are not those that were sealed: {found:#018x}, and the seal is "
+                f"{seal:#018x}. Fetch the batch anew"
+            )
 
     def _look_up(self, bags: Bags) -> Found:
         weight = self._buffers["weight"]
