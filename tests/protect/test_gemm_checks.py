@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ckptflip.errors import DetectedError, UsageError
@@ -82,6 +82,7 @@ SHAPES = st.tuples(st.integers(1, 12), st.integers(1, 70), st.integers(1, 90))
     st.sampled_from([None, 0.5, 3.0]),
     st.integers(0, 10**6),
 )
+@example((1, 1, 1), ("exact", "beside"), "zero", "highest", 0, False, True, None, 4)
 def test_sound_products_hold_and_have_the_stock_operators_bits(
     shape, check, weights, given_codes, zero, bias, relu, out_scale, seed
 ):
@@ -269,6 +270,18 @@ def test_a_damaged_packed_weight_is_packed_anew(check, on_error):
     first = checked.run(x)
     assert torch.equal(first, stock(layer, x)) and checked.seen.recomputed == 1
     assert torch.equal(checked.run(x), first) and checked.seen.faulty == 1
+
+
+def test_faults_of_an_outer_block_go_on_after_an_inner_one():
+    checked = Checked(pack(Quantised(codes((6, 9), 1), torch.ones(1))), on_error="count")
+    x, policy = inputs(4, 9, 2), Policy(bits="5")
+    with accumulator_faults(checked, policy, seed=1) as outer:
+        checked.run(x)
+        with accumulator_faults(checked, policy, seed=2) as inner:
+            checked.run(x)
+        checked.run(x)
+    checked.run(x)
+    assert (len(outer), len(inner), checked.seen.faulty, checked.seen.calls) == (2, 1, 3, 4)
 
 
 def test_damaged_codes_are_not_packed_again():

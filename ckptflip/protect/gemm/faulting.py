@@ -91,6 +91,8 @@ def weight_faults(checked: Checked, policy: Policy, *, seed: int) -> Iterator[Re
 def accumulator_faults(checked: Checked, policy: Policy, *, seed: int) -> Iterator[list[Record]]:
     """Faults in C, anew in each call in a block: in 32-bit integers, then rounded to float32 as oneDNN does.
 
+    Of blocks within each other on one layer the innermost has its faults.
+
     Args:
         checked: of a layer: ``layer.checked``.
         policy, seed: as for `flipped`; the seed counts on from call to call.
@@ -105,8 +107,8 @@ def accumulator_faults(checked: Checked, policy: Policy, *, seed: int) -> Iterat
         records.append(flipped(whole, "accumulators", policy, seed=seed + len(records)))
         rows.copy_(whole)
 
-    checked.between = fault
+    before, checked.between = checked.between, fault
     try:
         yield records
     finally:
-        checked.between = None
+        checked.between = before

@@ -123,7 +123,8 @@ def results(packed: Packed, rows: torch.Tensor, x_scale: float = 0.0, x_zero: in
     # In the order of oneDNN's operations, so that results have the same bits.
     made = whole.float() * torch.tensor(scale) * packed.scales + packed.shifts
     if layer.out_scale is None:
-        return made.clamp(min=0) if layer.relu else made
+        # A zero is positive then, as oneDNN's.
+        return made.clamp(min=0) + 0.0 if layer.relu else made
     steps = made * torch.tensor(1 / layer.out_scale) + layer.out_zero
     return torch.round(steps).clamp(layer.out_zero if layer.relu else 0, 255).to(torch.uint8)
 
