@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from math import isfinite
 from typing import Any
 
 import torch
 
 from ckptflip.errors import UsageError
 from ckptflip.protect.detection import Detections, policy
+from ckptflip.protect.evaluation import called, evaluating
 from ckptflip.protect.gemm.checked import ON_ERROR
 from ckptflip.protect.gemm.linear import ProtectedLinear, ProtectedQuantized, QuantisedLinear
 from ckptflip.protect.gemm.quantised import Quantised, scale_of
@@ -78,12 +80,14 @@ def protect(
     Args:
         model: any module; it is left alone, and what is not replaced is copied.
         scheme, placement, on_error: as of `ckptflip.protect.gemm.linear.QuantisedLinear`.
-        calibration: batches that the model accepts, each a tensor or a tuple of arguments: inputs of float
-            layers get the range seen there. None: each call finds its own (dynamic quantisation).
+        calibration: batches that the model accepts, each a tensor, a tuple or list of arguments, or a dict of
+            them: inputs of float layers get the range seen there. None: each call finds its own (dynamic
+            quantisation).
         per_channel: whether float weights get a scale for each output.
 
     Raises:
-        UsageError: no layer can be taken; the message says why. An unknown scheme or policy; no batch.
+        UsageError: no layer can be taken; the message says why. An unknown scheme or policy; no batch; a
+            layer that is given NaN or infinities by one.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(16, 8), torch.nn.ReLU(), torch.nn.Linear(8, 1))
@@ -165,20 +169,21 @@ def _protected(
     module: Any, name: str, seen: tuple[float, float] | None, per_channel: bool, options: dict[str, Any]
 ) -> tuple[Any, str]:
     """The layer in place of another, and how its input gets its range."""
-    called = options | {"name": name or "linear"}
+    options = options | {"name": name or "linear"}
     reader = _reader(module)
     if reader is not None:
         layer = reader(module)
         if layer.out_scale is not None:
-            return ProtectedQuantized(layer, **called), "given"
-        return ProtectedLinear(layer, **called), "dynamic"
+            return ProtectedQuantized(layer, **options), "given"
+        return ProtectedLinear(layer, **options), "dynamic"
     if not isinstance(module, torch.nn.Linear):
         raise NotTakenError("not a linear layer")
-    layer = read_float(module, per_channel)
-    if seen is None:
-        return ProtectedLinear(layer, **called), "dynamic"
-    scale, zero = scale_of(*seen)
-    return ProtectedLinear(replace(layer, x_scale=scale, x_zero=zero), **called), "static"
+    layer, how = read_float(module, per_channel), "dynamic"
+    if seen is not None:
+        scale, zero = scale_of(*seen)
+        layer, how = replace(layer, x_scale=scale, x_zero=zero), "static"
+    # It takes the dtype of the layer that it replaces, for `unprotect`.
+    return ProtectedLinear(layer, **options).to(module.weight.dtype), how
 
 
 def _ranges(
@@ -186,26 +191,31 @@ def _ranges(
 ) -> dict[int, tuple[float, float]]:
     """The smallest and the largest input of each float layer over all batches."""
     seen: dict[int, tuple[float, float]] = {}
+    linear = {module: name for name, (module, _) in found.items() if isinstance(module, torch.nn.Linear)}
 
-    def look(module: torch.nn.Module, arguments: tuple[Any, ...]) -> None:
-        if arguments and arguments[0].numel():
-            low, high = (float(bound) for bound in torch.aminmax(arguments[0].detach().float()))
-            before = seen.get(id(module), (low, high))
-            seen[id(module)] = min(low, before[0]), max(high, before[1])
+    def look(module: torch.nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        x = given[0] if given else named.get("input")
+        if not isinstance(x, torch.Tensor) or not x.numel():
+            return
+        low, high = (float(bound) for bound in torch.aminmax(x))
+        if not (isfinite(low) and isfinite(high)):
+            raise UsageError(
+                f"calibration gives layer {linear[module] or 'linear'!r} NaN or infinity: calibrate with "
+                "clean data and a sound model"
+            )
+        before = seen.get(id(module), (low, high))
+        seen[id(module)] = min(low, before[0]), max(high, before[1])
 
-    linear = [module for module, _ in found.values() if isinstance(module, torch.nn.Linear)]
-    hooks = [module.register_forward_pre_hook(look) for module in linear]
-    training, done = model.training, 0
+    hooks = [module.register_forward_pre_hook(look, with_kwargs=True) for module in linear]
+    done = 0
     try:
-        model.eval()
-        with torch.no_grad():
+        with evaluating(model):
             for batch in batches:
-                model(*batch) if isinstance(batch, tuple) else model(batch)
+                called(model, batch)
                 done += 1
     finally:
         for hook in hooks:
             hook.remove()
-        model.train(training)
     if not done:
         raise UsageError("calibration holds no batch; leave it out for dynamic quantisation")
     return seen
@@ -214,8 +224,9 @@ def _ranges(
 def unprotect(model: torch.nn.Module) -> torch.nn.Module:
     """A copy of a protected model with ordinary layers, which compute with the same quantised weights.
 
-    Layers of floats become `torch.nn.Linear` with the weight that the codes stand for; those of quantised
-    tensors become layers of `torch.ao.nn.quantized` again.
+    Layers of floats become `torch.nn.Linear` with the weight that the codes stand for, in the dtype of the
+    layer that was protected, followed by a `torch.nn.ReLU` where it had one fused; those of quantised tensors
+    become layers of `torch.ao.nn.quantized` again.
 
     Raises:
         UsageError: nothing in it is protected.
@@ -229,7 +240,7 @@ def unprotect(model: torch.nn.Module) -> torch.nn.Module:
     memo: dict[int, Any] = {}
     for module in model.modules():
         if isinstance(module, ProtectedLinear):
-            memo[id(module)] = dequantised(module.checked.packed.layer)
+            memo[id(module)] = dequantised(module.checked.packed.layer, module.dtype)
         elif isinstance(module, ProtectedQuantized):
             memo[id(module)] = _quantized(module.checked.packed.layer)
     if not memo:

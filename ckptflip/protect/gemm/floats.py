@@ -208,7 +208,7 @@ def rows_hold(out: torch.Tensor, x: torch.Tensor, checksum: RowChecksum) -> bool
 
 
 def _in_rows(out: torch.Tensor, x: torch.Tensor) -> bool:
-    """Whether the compiled pass can read both: rows of one dtype, not too long, on the CPU."""
+    """Whether the compiled pass can read both: rows of one dtype as they are, not too long, on the CPU."""
     return (
         out.dtype is x.dtype
         and max(out.shape[-1], x.shape[-1]) <= _LONGEST
@@ -216,6 +216,7 @@ def _in_rows(out: torch.Tensor, x: torch.Tensor) -> bool:
         and out.dim() == x.dim() == 2
         and (out.stride(1) == 1 or out.shape[1] == 1)
         and (x.stride(1) == 1 or x.shape[1] == 1)
+        and not (out.is_neg() or x.is_neg())
     )
 
 

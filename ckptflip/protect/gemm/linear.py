@@ -14,8 +14,9 @@ import torch
 from ckptflip.errors import DetectedError, UsageError
 from ckptflip.protect.detection import Detections
 from ckptflip.protect.gemm.checked import Checked
-from ckptflip.protect.gemm.packing import Packed, pack
+from ckptflip.protect.gemm.packing import Packed, largest_scale, pack
 from ckptflip.protect.gemm.quantised import Quantised, codes_of, range_of
+from ckptflip.protect.gemm.reading import NotTakenError
 from ckptflip.protect.gemm.saved import read_numbers, saved_numbers
 
 _DIGEST = "_ckptflip_row_sums"
@@ -30,10 +31,23 @@ def _crc(packed: Packed) -> int:
     return int(saved_numbers(packed.layer, packed.sums)["crc32"])
 
 
+def _largest_scale(packed: Packed) -> float:
+    """The largest scale that the input's codes may have; raises NotTakenError where the layer's is larger."""
+    largest, scale = largest_scale(packed), packed.layer.x_scale
+    if scale is not None and scale > largest:
+        raise NotTakenError(
+            f"codes of its input are {scale:.2g} apart, and results of such numbers may leave float32: at "
+            f"most {largest:.2g} can be taken"
+        )
+    return largest
+
+
 class _Protected(torch.nn.Module):  # type: ignore[misc]
     """What the layers share: the checked product, saving and loading, and staying where they are."""
 
     checked: Checked
+    # Of the float layer that it stands for: what `unprotect` makes of it.
+    dtype = torch.float32
 
     def __init__(
         self,
@@ -47,6 +61,7 @@ class _Protected(torch.nn.Module):  # type: ignore[misc]
         self._refuse_numbers(layer)
         super().__init__()
         packed = pack(layer, scheme=scheme, placement=placement)
+        self._largest_scale = _largest_scale(packed)
         self.checked = Checked(packed, on_error=on_error, name=name)
         self.in_features, self.out_features = layer.inputs, layer.outputs
         self._crc = _crc(packed)
@@ -67,12 +82,15 @@ class _Protected(torch.nn.Module):  # type: ignore[misc]
             DetectedError: a number has changed since the layer was made or loaded.
         """
         packed = self.checked.packed
-        fresh = pack(packed.layer, scheme=packed.scheme, placement=packed.placement)
-        pairs = zip(packed.constants, fresh.constants, strict=True)
-        if _crc(packed) != self._crc or not all(a is b or torch.equal(a, b) for a, b in pairs):
-            raise DetectedError(
-                f"{self.checked.name}: its numbers in memory changed since it was made: load them again"
-            )
+        # Damaged numbers might not be packed.
+        if _crc(packed) == self._crc:
+            fresh = pack(packed.layer, scheme=packed.scheme, placement=packed.placement)
+            pairs = zip(packed.constants, fresh.constants, strict=True)
+            if all(a is b or torch.equal(a, b) for a, b in pairs):
+                return
+        raise DetectedError(
+            f"{self.checked.name}: its numbers in memory changed since it was made: load them again"
+        )
 
     @property
     def detections(self) -> Detections:
@@ -88,6 +106,12 @@ class _Protected(torch.nn.Module):  # type: ignore[misc]
         raise UsageError(
             f"{self.checked.name} takes floats or codes of shape (…, {self.in_features}), not {x.dtype} of "
             f"{tuple(x.shape)}"
+        )
+
+    def _refuse_scale(self, scale: float) -> None:
+        raise UsageError(
+            f"{self.checked.name}: codes of the input are {scale:.2g} apart, and results of such numbers may "
+            f"leave float32: at most {self._largest_scale:.2g} is taken here. Scale the input down"
         )
 
     def _outside(self, x: torch.Tensor) -> torch.Tensor:
@@ -106,8 +130,10 @@ class _Protected(torch.nn.Module):  # type: ignore[misc]
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> _Protected:
         """Its numbers keep their types; moving it to another device is refused."""
-        if fn(torch.empty(0)).device.type != "cpu":
+        moved = fn(torch.empty(0, dtype=self.dtype))
+        if moved.device.type != "cpu":
             raise UsageError("a checked int8 layer stays on the CPU: unprotect the model before you move it")
+        self.dtype = moved.dtype
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -145,7 +171,13 @@ class _Protected(torch.nn.Module):  # type: ignore[misc]
         if (layer.outputs, layer.inputs) != (self.out_features, self.in_features):
             error_msgs.append(f"{prefix}weight has another shape: {tuple(layer.weight.shape)}")
             return
-        packed = pack(layer, scheme=old.scheme, placement=old.placement)
+        try:
+            self._refuse_numbers(layer)
+            packed = pack(layer, scheme=old.scheme, placement=old.placement)
+            self._largest_scale = _largest_scale(packed)
+        except UsageError as error:
+            error_msgs.append(f"{prefix}settings are of another kind of layer, or unfit: {error}")
+            return
         self.checked = Checked(packed, on_error=self.checked.on_error, name=self.checked.name)
         self._crc = _crc(packed)
 
@@ -239,20 +271,27 @@ class ProtectedLinear(_Protected):
         if layer.out_scale is not None:
             raise UsageError("a layer on floats gives floats: leave out_scale out")
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Results of shape (…, n) of floats of shape (…, k), in their dtype."""
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Results of shape (…, n) of floats of shape (…, k), in their dtype; computed in int8 and float32.
+
+        Raises:
+            UsageError: without a range from calibration: NaN, infinities, or numbers so large that results
+                might leave float32.
+        """
         if torch.compiler.is_dynamo_compiling():
-            return self._outside(x)
-        if x.shape[-1:] != (self.in_features,) or not x.is_floating_point():
-            self._refuse_other(x)
+            return self._outside(input)
+        if input.shape[-1:] != (self.in_features,) or not input.is_floating_point():
+            self._refuse_other(input)
         layer = self.checked.packed.layer
-        flat = x.reshape(-1, self.in_features)
+        flat = input.reshape(-1, self.in_features)
         if layer.x_scale is None:
             scale, zero = range_of(flat)
+            if scale > self._largest_scale:
+                self._refuse_scale(scale)
             out = self.checked.run(codes_of(flat, scale, zero), scale, zero)
         else:
             out = self.checked.run(codes_of(flat, layer.x_scale, layer.x_zero))
-        return out.reshape(*x.shape[:-1], self.out_features).to(x.dtype)
+        return out.reshape(*input.shape[:-1], self.out_features).to(input.dtype)
 
 
 class ProtectedQuantized(_Protected):
@@ -277,6 +316,8 @@ class ProtectedQuantized(_Protected):
         if x.shape[-1:] != (self.in_features,) or x.dtype is not torch.quint8:
             self._refuse_other(x)
         layer = self.checked.packed.layer
+        if x.q_scale() > self._largest_scale:
+            self._refuse_scale(x.q_scale())
         codes = x.int_repr().reshape(-1, self.in_features)
         out = self.checked.run(codes, x.q_scale(), x.q_zero_point())
         out = out.reshape(*x.shape[:-1], self.out_features)

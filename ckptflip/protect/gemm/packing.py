@@ -16,12 +16,15 @@ import torch
 from ckptflip.errors import UsageError
 from ckptflip.protect.gemm.processor import SAFE, saturates
 from ckptflip.protect.gemm.quantised import Quantised
+from ckptflip.protect.gemm.reading import NotTakenError
 from ckptflip.protect.gemm.sums import EXACT, MODULUS, digits, halves, residues, row_sums, widest
 from ckptflip.protect.native import kernels
 
 SCHEMES = ("exact", "mod127")
 PLACEMENTS = ("beside", "columns")
 _MULTIPLE = 16
+# Accumulators are of 32 bits, with a sign.
+_TOO_WIDE = 1 << 31
 # The operator itself: what stands around it only calls it, and takes longer than the check of small rows.
 _OPERATOR, _FLOAT = torch.ops.onednn.qlinear_pointwise.default._op, torch.float32
 _ONE, _NONE = torch.ones(1), torch.zeros(1, dtype=torch.int64)
@@ -84,8 +87,9 @@ def pack(layer: Quantised, *, scheme: str = "exact", placement: str | None = Non
         placement: of the checksum, `beside` or `columns`; None: beside.
 
     Raises:
-        UsageError: there is no such scheme or placement, or not together; or this processor would compute
-            a wrong product of these weights (see `processor`).
+        UsageError: there is no such scheme or placement.
+        NotTakenError: sums of 32 bits are too narrow for rows so long (255·Σ|w| of an output is 2^31 or
+            more), or this processor would compute a wrong product of these weights (see `processor`).
 
     Example:
         >>> layer = Quantised(torch.ones(20, 8, dtype=torch.int8), torch.ones(1))
@@ -110,11 +114,17 @@ def pack(layer: Quantised, *, scheme: str = "exact", placement: str | None = Non
 
 
 def _fitting(matrix: torch.Tensor, placement: str) -> None:
-    """Raise where this processor would compute a wrong product of these numbers."""
+    """Raise NotTakenError where a product of these numbers would be wrong."""
+    remedy = "placement='beside', or " if placement == "columns" else ""
+    # Codes less their zero point are from -255 to 255 too.
+    if 255 * 128 * matrix.shape[1] >= _TOO_WIDE <= widest(matrix):
+        raise NotTakenError(
+            f"its sums of products may leave 32 bits: 255·Σ|w| of an output is {widest(matrix):,}, and must "
+            f"be below {_TOO_WIDE:,}: use {remedy}several layers of fewer inputs than {matrix.shape[1]:,}"
+        )
     low, high = (int(bound) for bound in torch.aminmax(matrix))
     if saturates() and not -SAFE <= low <= high <= SAFE:
-        remedy = "placement='beside', or " if placement == "columns" else ""
-        raise UsageError(
+        raise NotTakenError(
             f"this processor adds products of 8 bits in 16, too narrow for weights from {low} to {high}: "
             f"use {remedy}weights from -{SAFE} to {SAFE} (quantise() makes such ones here)"
         )
@@ -195,3 +205,20 @@ def product(packed: Packed, x: torch.Tensor) -> torch.Tensor:
 def may_be_wide(packed: Packed) -> bool:
     """Whether a sound product may hold accumulators that float32 rounds."""
     return packed.widest >= EXACT
+
+
+def largest_scale(packed: Packed) -> float:
+    """The largest scale of the input's codes with which float32 holds results, and all on the way to them.
+
+    A result is made as accumulator · scale of the codes · scale of the weight + bias, in this order.
+
+    Example:
+        >>> layer = Quantised(torch.ones(1, 4, dtype=torch.int8), torch.full((1,), 0.1))
+        >>> f"{largest_scale(pack(layer)):.3g}"
+        '3.34e+35'
+    """
+    layer = packed.layer
+    biases = 0.0 if layer.bias is None else float(layer.bias.abs().max())
+    room = (float(torch.finfo(torch.float32).max) - biases) * (1 - 2.0**-20)
+    # At least 255, so that the input's own range fits too.
+    return room / (max(packed.widest, 255) * max(1.0, float(layer.weight_scale.abs().max())))

@@ -10,6 +10,9 @@ from ckptflip.errors import UsageError
 from ckptflip.protect.gemm.processor import SAFE, saturates
 from ckptflip.protect.native import kernels
 
+# Float32 holds the steps for each unit, the inverse of a scale, if that is no smaller.
+_SMALLEST = float(torch.finfo(torch.float32).tiny)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Quantised:
@@ -49,9 +52,8 @@ class Quantised:
             self._refuse(not finite, name, "finite numbers")
         for name in ("x", "out"):
             scale, zero = getattr(self, f"{name}_scale"), getattr(self, f"{name}_zero")
-            self._refuse(
-                scale is not None and not 0 < scale < float("inf"), f"{name}_scale", "positive and finite"
-            )
+            fits = scale is None or _SMALLEST <= scale < float("inf")
+            self._refuse(not fits, f"{name}_scale", f"positive, finite and at least {_SMALLEST:.2g}")
             self._refuse(not 0 <= zero <= 255, f"{name}_zero", "from 0 to 255")
 
     @staticmethod
@@ -82,7 +84,7 @@ def quantise(linear: torch.nn.Linear, *, per_channel: bool = True) -> Quantised:
         per_channel: one scale for each output, or one for all.
 
     Raises:
-        UsageError: the weight holds NaN or infinity.
+        UsageError: the weight holds NaN, infinity or numbers beyond float32.
 
     Example:
         >>> layer = quantise(torch.nn.Linear(4, 2))
@@ -91,11 +93,14 @@ def quantise(linear: torch.nn.Linear, *, per_channel: bool = True) -> Quantised:
     """
     weight = linear.weight.detach().float()
     if not bool(torch.isfinite(weight).all()):
-        raise UsageError("a weight with NaN or infinity cannot be quantised: ckptflip scan names the tensors")
+        raise UsageError(
+            "a weight with NaN, infinity or numbers beyond float32 cannot be quantised: ckptflip scan names "
+            "the tensors"
+        )
     peak = weight.abs().amax(1, keepdim=True) if per_channel else weight.abs().max().reshape(1, 1)
     # A scale below the smallest normal number would make codes of a weight of zeros undefined.
     widest = SAFE if saturates() else 127
-    scale = (peak / widest).clamp(min=torch.finfo(torch.float32).tiny)
+    scale = (peak / widest).clamp(min=_SMALLEST)
     codes = torch.round(weight / scale).clamp(-widest, widest).to(torch.int8)
     bias = None if linear.bias is None else linear.bias.detach().float().clone()
     return Quantised(codes, scale.reshape(-1), bias)
@@ -105,7 +110,7 @@ def codes_of(x: torch.Tensor, scale: float, zero: int, sums: torch.Tensor | None
     """Codes of 8 bits of floats: round(x / scale + zero), ties to even, from 0 to 255; NaN becomes 0.
 
     Args:
-        x: floats of shape (m, k).
+        x: floats of shape (m, k); what lies beyond the codes, or beyond float32, gets the first or the last.
         scale, zero: of the codes.
         sums: int32 of shape (m,), receives the sum of each row's codes; or None.
 
@@ -117,7 +122,7 @@ def codes_of(x: torch.Tensor, scale: float, zero: int, sums: torch.Tensor | None
         [[0, 2, 20]]
     """
     native = kernels()
-    x = x.detach().float().contiguous()
+    x = x.detach().float().resolve_neg().contiguous()
     if native is None:
         steps = (x * torch.tensor(1 / scale) + zero).nan_to_num(nan=0.0).clamp(0, 255)
         codes = torch.round(steps).to(torch.uint8)
@@ -151,5 +156,5 @@ def scale_of(low: float, high: float) -> tuple[float, int]:
     low, high = min(low, 0.0), max(high, 0.0)
     if not high - low < float("inf"):
         raise UsageError("inputs with NaN or infinity cannot be quantised")
-    scale = max((high - low) / 255, float(torch.finfo(torch.float32).tiny))
+    scale = max((high - low) / 255, _SMALLEST)
     return scale, max(0, min(255, round(-low / scale)))

@@ -89,8 +89,12 @@ def read_quantised(module: Any, *, out: bool, relu: bool = False) -> Quantised:
     )
 
 
-def dequantised(layer: Quantised) -> torch.nn.Linear:
-    """A float layer with the weight that the codes stand for.
+def dequantised(layer: Quantised, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    """A layer of floats with the weight that the codes stand for, and a ReLU behind it if there was one.
+
+    Args:
+        layer: the numbers.
+        dtype: of the weight and the bias.
 
     Example:
         >>> plain = torch.nn.Linear(4, 2)
@@ -98,9 +102,9 @@ def dequantised(layer: Quantised) -> torch.nn.Linear:
         >>> bool((again.weight - plain.weight).abs().max() <= plain.weight.abs().max() / 254 * 1.01)
         True
     """
-    linear = torch.nn.Linear(layer.inputs, layer.outputs, bias=layer.bias is not None)
+    linear = torch.nn.Linear(layer.inputs, layer.outputs, bias=layer.bias is not None, dtype=dtype)
     with torch.no_grad():
         linear.weight.copy_(layer.weight * layer.weight_scale[:, None])
         if layer.bias is not None:
             linear.bias.copy_(layer.bias)
-    return linear.eval()
+    return (torch.nn.Sequential(linear, torch.nn.ReLU()) if layer.relu else linear).eval()
