@@ -183,6 +183,135 @@ def test_subclasses_and_layers_never_called_are_left_alone(told):
         torch.nn.Sequential(*model[:2]), torch.rand(2, 4), cache_folder=told({"none": 1.0, "row": 1.1})
     )
     assert [type(module).__name__ for module in seen.model] == ["CheckedLinear", "Odd"]
+    assert [(left.name, left.reason) for left in seen.left] == [("1", "a subclass of Linear may do more")]
+    assert seen.table().endswith("not checked: 1 (Odd): a subclass of Linear may do more")
+
+
+def test_layers_with_hooks_or_another_forward_are_left_and_named(told):
+    model = mlp(4, 4, 4, 4)
+    model[0].register_forward_hook(lambda module, inputs, out: 2 * out)
+    model[2].forward = lambda x: x
+    protected = protect(model, torch.rand(2, 4), cache_folder=told({"none": 1.0, "row": 1.1}))
+    assert [(left.name, left.reason) for left in protected.left] == [
+        ("0", "it has hooks, which would be lost"),
+        ("2", "its forward was replaced"),
+    ]
+    x = torch.rand(5, 4)
+    with torch.no_grad():
+        assert torch.equal(protected.model(x), model(x))
+    assert protected.detections().calls == 1
+
+
+class Fast(torch.nn.TransformerEncoderLayer):
+    """Reads its weights as PyTorch's does."""
+
+
+class Reading(torch.nn.Module):
+    """Reads the weight of a layer, unless that has hooks."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = torch.nn.Linear(16, 16)
+
+    def forward(self, x):
+        if self.fc._forward_pre_hooks:
+            return self.fc(x)
+        return torch.nn.functional.linear(x, self.fc.weight, self.fc.bias)
+
+
+@pytest.mark.parametrize("kind", [torch.nn.TransformerEncoderLayer, Fast])
+def test_layers_that_are_read_without_being_called_are_left_and_named(told, kind):
+    torch.manual_seed(0)
+    encoder = torch.nn.TransformerEncoder(
+        kind(16, 2, 32, batch_first=True, dropout=0.0), 2, enable_nested_tensor=False
+    )
+    model = torch.nn.Sequential(encoder, Reading(), torch.nn.Linear(16, 4)).eval()
+    x = torch.rand(3, 5, 16)
+    protected = protect(model, x, cache_folder=told({"none": 1.0, "row": 1.1}))
+    assert [choice.layer for choice in protected.choices] == ["2"]
+    reasons = {left.name: left.reason for left in protected.left}
+    assert reasons.pop("1.fc") == "it was not called with the example"
+    parts = ("self_attn.out_proj", "linear1", "linear2")
+    assert reasons == {
+        f"0.layers.{n}.{part}": "the module around it reads its weight without calling it"
+        for n in (0, 1)
+        for part in parts
+    }
+    with torch.no_grad():
+        assert torch.equal(protected.model(x), model(x))
+    assert protected.detections().calls == 1
+
+
+def test_a_model_of_layers_that_cannot_be_checked_is_refused_with_reasons(tmp_path):
+    layer = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()
+    with pytest.raises(UsageError, match=r"linear1 \(Linear\): the module around it reads its weight"):
+        protect(layer, torch.rand(3, 5, 16), cache_folder=tmp_path)
+    assert not any("forward" in vars(module) for module in layer.modules())
+
+
+def test_a_protected_model_is_not_protected_again(told):
+    folder = told({"none": 1.0, "row": 1.1})
+    protected = protect(mlp(4, 3), torch.rand(2, 4), cache_folder=folder)
+    with pytest.raises(UsageError, match="it is protected already"):
+        protect(protected.model, torch.rand(2, 4), cache_folder=folder)
+
+
+AUTOCAST = [torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", AUTOCAST)
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("size", [1e-40, 1e-9, 1e-5, 1.0, 100.0])
+def test_autocast_raises_no_alarm_and_keeps_its_results(scheme, dtype, size):
+    if scheme == "tile" and kernels() is None:
+        pytest.skip("the extension was not built")
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(64, 32).requires_grad_(False)
+    for factor in (1e-6, 1.0, 100.0):
+        layer.weight *= factor
+        checked = CheckedLinear(layer, scheme, on_error="count")
+        with torch.autocast("cpu", dtype):
+            for _ in range(10):
+                x = size * torch.randn(16, 64)
+                out = checked(x)
+                assert out.dtype is dtype and torch.equal(out, layer(x))
+        seen = checked.detections
+        assert (seen.calls, seen.faulty, seen.unchecked) == (10, 0, 0)
+
+
+@pytest.mark.parametrize("dtype", AUTOCAST)
+@pytest.mark.parametrize("scheme", ["global", "row", "tile"])
+def test_autocast_finds_damage_of_the_weight(scheme, dtype):
+    if scheme == "tile" and kernels() is None:
+        pytest.skip("the extension was not built")
+    torch.manual_seed(0)
+    checked, x = CheckedLinear(torch.nn.Linear(64, 32), scheme, name="fc"), torch.randn(4, 64)
+    checked.weight[3, 5] += 1000
+    with torch.autocast("cpu", dtype), pytest.raises(DetectedError, match="layer fc: a fault was found"):
+        checked(x)
+
+
+def test_what_overflows_under_autocast_alone_is_counted_as_unchecked():
+    x, large = torch.ones(2, 4), torch.nn.Linear(4, 3).requires_grad_(False)
+    large.weight[1, 2] = 1e5
+    for layer, rows in ((torch.nn.Linear(4, 3), 1e5 * x), (large, 0 * x), (large, x)):
+        checked = CheckedLinear(layer, "row")
+        checked(rows)
+        with torch.autocast("cpu", torch.float16):
+            checked(rows)
+        assert (checked.detections.faulty, checked.detections.unchecked) == (0, 1)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_views_with_a_sign_of_their_own_are_read_as_they_are_meant(scheme):
+    if scheme == "tile" and kernels() is None:
+        pytest.skip("the extension was not built")
+    layer = torch.nn.Linear(8, 4).requires_grad_(False)
+    x = torch.complex(torch.rand(2, 8), torch.rand(2, 8)).conj().imag
+    checked = CheckedLinear(layer, scheme)
+    assert x.is_neg() and torch.equal(checked(x), layer(x)) and torch.equal(checked(input=x), layer(x))
+    layer.weight.data = torch._neg_view(layer.weight.data)
+    assert torch.allclose(CheckedLinear(layer, scheme)(x.resolve_neg()), layer(x))
 
 
 @pytest.mark.parametrize("scheme", [name for name in SCHEMES if name not in ("none", "replication")])
@@ -198,7 +327,7 @@ def test_a_damaged_weight_meets_the_policy(scheme, on_error):
     if on_error == "count":
         assert not torch.equal(checked(x), clean) and checked.detections.faulty == 1
     else:
-        with pytest.raises(DetectedError, match=r"^fc: a fault was found.*rounding explains"):
+        with pytest.raises(DetectedError, match=r"^layer fc: a fault was found.*rounding explains"):
             checked(x)
     assert (checked.detections.calls, checked.detections.recomputed) == (2, 0)
     checked.refresh()
@@ -260,13 +389,14 @@ def test_state_is_that_of_the_layer():
         ({"schemes": ["rows"]}, "'rows' is no scheme"),
         ({"on_error": "ignore"}, "'ignore' is no policy"),
         ({"batches": []}, "one at least"),
-        ({"batches": [0]}, "whole numbers from 1"),
-        ({"batches": [1.5]}, "whole numbers from 1"),
-        ({"batches": ["4"]}, "whole numbers from 1"),
+        ({"batches": 5}, "a list of whole numbers from 1 on, one at least, not 5"),
+        ({"batches": [0]}, "whole numbers from 1 on"),
+        ({"batches": [1.5]}, "whole numbers from 1 on"),
+        ({"batches": ["4"]}, "whole numbers from 1 on"),
         ({"model": "text"}, "not str"),
         ({"example": "text"}, "holds no tensor"),
         ({"example": torch.rand(0, 4)}, "holds no tensor"),
-        ({"model": torch.nn.ReLU()}, "nothing to protect"),
+        ({"model": torch.nn.ReLU()}, "nothing to protect: the model has no torch.nn.Linear"),
         (
             {"model": torch.nn.Linear(4, 3, dtype=torch.float64), "schemes": ["tile"]},
             "layer linear: none of the schemes",
@@ -291,7 +421,7 @@ def test_inputs_of_another_width_are_refused_before_they_are_read(scheme, shape)
     if scheme == "tile" and kernels() is None:
         pytest.skip("the extension was not built")
     layer = CheckedLinear(torch.nn.Linear(8, 4), scheme, name="fc1")
-    with pytest.raises(UsageError, match="fc1 takes 8 features"):
+    with pytest.raises(UsageError, match="layer fc1 takes 8 features"):
         layer(torch.rand(shape))
 
 

@@ -17,10 +17,9 @@ from ckptflip.protect.gemm.checked import ON_ERROR
 from ckptflip.protect.gemm.linear import ProtectedLinear, ProtectedQuantized, QuantisedLinear
 from ckptflip.protect.gemm.quantised import Quantised, scale_of
 from ckptflip.protect.gemm.reading import NotTakenError, dequantised, read_float, read_quantised
+from ckptflip.protect.layers import Left, listed, more_than, read_elsewhere
 
 Protected = (ProtectedLinear, ProtectedQuantized, QuantisedLinear)
-# Modules that read their layers' weights without calling them.
-_READERS = ("MultiheadAttention", "TransformerEncoderLayer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,15 +31,6 @@ class Taken:
     outputs: int
     inputs: int
     range: str
-
-
-@dataclass(frozen=True, slots=True)
-class Left:
-    """A layer that was left as it was, and why."""
-
-    name: str
-    was: str
-    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,34 +107,19 @@ def protect(
         memo[id(module)] = made
         taken.append(Taken(name, was, made.out_features, made.in_features, how))
     if not taken:
-        reasons = "; ".join(
-            f"{layer.name or 'the model'} ({layer.was}): {layer.reason}" for layer in left[:5]
+        raise UsageError(
+            f"no layer of this model can be protected: {listed(left) or 'it has no linear layer'}"
         )
-        raise UsageError(f"no layer of this model can be protected: {reasons or 'it has no linear layer'}")
     # A copy that finds its layers replaced already, wherever they are used.
     return Converted(copy.deepcopy(model, memo).eval(), taken, left)
 
 
 def _layers(model: torch.nn.Module) -> Iterator[tuple[str, tuple[Any, str]]]:
     """Every module with a weight of its own, and why it cannot be taken, or nothing."""
-    readers = {
-        id(part)
-        for module in model.modules()
-        if type(module).__name__ in _READERS
-        for part in module.modules()
-        if part is not module
-    }
+    read = read_elsewhere(model)
     for name, module in model.named_modules():
         if _reader(module) is not None or isinstance(module, torch.nn.Linear):
-            kept = id(module) in readers
-            subclass = isinstance(module, torch.nn.Linear) and type(module) is not torch.nn.Linear
-            hooked = bool(module._forward_hooks or module._forward_pre_hooks)
-            reasons = {
-                "the module around it reads its weight without calling it": kept,
-                "a subclass of Linear may do more": subclass,
-                "it has hooks, which would be lost": hooked,
-            }
-            yield name, (module, next((reason for reason, holds in reasons.items() if holds), ""))
+            yield name, (module, more_than(module, torch.nn.Linear, read))
         elif isinstance(module, Protected):
             yield name, (module, "it is protected already")
         elif getattr(module, "weight", None) is not None:

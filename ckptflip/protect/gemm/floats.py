@@ -12,7 +12,7 @@ sum; η: underflow, and denormal numbers that the processor takes for 0.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -112,12 +112,8 @@ def row_checksum(
     wide = weight.detach().double()
     added = torch.zeros(0, dtype=torch.float64) if bias is None else bias.detach().double()
     double = UNIT[torch.float64]
-    relative = product_error(k + 1, promised, likely) + 4 * gamma(n + k + 8, double)
-    narrowed = promised.roundings * promised.output / (1 - promised.output) if _narrows(promised) else 0.0
-    tiny = max(torch.finfo(weight.dtype).smallest_normal, 2.0**-1022)
-    tiny = min(tiny, 2.0**-24) if weight.dtype is torch.float16 else tiny
-    extent = float(wide.abs().sum())
-    sizes = wide.abs().sum(0) * (1 + 2 * gamma(n + 1, double)) + n * tiny / relative
+    bounds = _Bounds.of(weight.dtype, n, k, float(wide.abs().sum()), promised, likely)
+    sizes = wide.abs().sum(0) * (1 + 2 * gamma(n + 1, double)) + n * bounds.tiny / bounds.product
     return RowChecksum(
         sums=wide.sum(0),
         sizes=sizes,
@@ -125,12 +121,67 @@ def row_checksum(
         bias_sum=float(added.sum()),
         bias_size=float(added.abs().sum()) * (1 + 2 * gamma(n + 1, double)),
         outputs=n,
-        relative=(relative + narrowed) * _SLACK,
-        result=(narrowed + gamma(n + 8, double)) * _SLACK,
-        absolute=2 * tiny * (extent + n * (k + 2)),
+        relative=bounds.relative,
+        result=bounds.result,
+        absolute=bounds.absolute,
         peak=float(wide.abs().sum(1).max()) if n and k else 0.0,
         bias_peak=float(added.abs().max()) if added.numel() else 0.0,
         limit=float(torch.finfo(weight.dtype).max),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Bounds:
+    """g, h and η of the bound; g without the narrowing of results; the number below which all underflows."""
+
+    relative: float
+    result: float
+    absolute: float
+    product: float
+    tiny: float
+
+    @classmethod
+    def of(
+        cls, dtype: torch.dtype, n: int, k: int, extent: float, promised: Arithmetic, likely: float | None
+    ) -> _Bounds:
+        double = UNIT[torch.float64]
+        product = product_error(k + 1, promised, likely) + 4 * gamma(n + k + 8, double)
+        narrowed = promised.roundings * promised.output / (1 - promised.output) if _narrows(promised) else 0.0
+        tiny = max(torch.finfo(dtype).smallest_normal, 2.0**-1022)
+        tiny = min(tiny, 2.0**-24) if dtype is torch.float16 else tiny
+        relative = (product + narrowed) * _SLACK
+        result = (narrowed + gamma(n + 8, double)) * _SLACK
+        return cls(relative, result, 2 * tiny * (extent + n * (k + 2)), product, tiny)
+
+
+def narrowed_checksum(checksum: RowChecksum, dtype: torch.dtype) -> RowChecksum:
+    """The checksum for products that narrow weight, bias and inputs to another dtype first, as autocast does.
+
+    It is derived from the sums, not from the weight, which may be damaged by now. Rounding the weight, the
+    bias and the inputs adds its own relative error (`Arithmetic.inputs`). Where the narrowed weight may
+    overflow, no result that is infinite can be judged.
+
+    Args:
+        checksum: of the weight and bias as they are.
+        dtype: of the product's results: float16 or bfloat16.
+
+    Example:
+        >>> weight, x = torch.randn(64, 32), torch.randn(8, 32)
+        >>> with torch.autocast("cpu", torch.bfloat16):
+        ...     out = x @ weight.T
+        >>> check_rows(out, x, narrowed_checksum(row_checksum(weight), out.dtype)).ok
+        True
+    """
+    n, k, limit = checksum.outputs, len(checksum.sums), float(torch.finfo(dtype).max)
+    promised = replace(arithmetic_of(dtype), inputs=UNIT[dtype])
+    bounds = _Bounds.of(dtype, n, k, float(checksum.sizes.sum()), promised, None)
+    return replace(
+        checksum,
+        sizes=checksum.sizes + n * bounds.tiny / bounds.product,
+        relative=bounds.relative,
+        result=bounds.result,
+        absolute=bounds.absolute + 2 * n * bounds.tiny,
+        limit=limit if max(checksum.peak, checksum.bias_peak) < limit else 0.0,
     )
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ckptflip.protect.gemm.floats import RowVerdict, check_rows
+from ckptflip.protect.gemm.floats import RowVerdict, check_rows, narrowed_checksum
 from ckptflip.protect.intensity.weights import Weights
 
 # Sums of the rows' residuals and bounds in double precision.
@@ -40,7 +40,7 @@ def rows(weights: Weights, x: torch.Tensor, out: torch.Tensor) -> Judgement:
         x: (m, k).
         out: (m, n).
     """
-    verdict = check_rows(out, x, weights.checksum)
+    verdict = _verdict(weights, x, out)
     unchecked = bool(verdict.unchecked.any())
     wrong = verdict.faulty.nonzero().flatten().tolist()
     if not wrong:
@@ -58,7 +58,7 @@ def whole(weights: Weights, x: torch.Tensor, out: torch.Tensor) -> Judgement:
         x: (m, k).
         out: (m, n).
     """
-    verdict = check_rows(out, x, weights.checksum)
+    verdict = _verdict(weights, x, out)
     judged = ~verdict.unchecked
     residual = float(verdict.residual[judged].sum().abs())
     bound = float(verdict.bound[judged].sum()) * _SLACK
@@ -68,6 +68,13 @@ def whole(weights: Weights, x: torch.Tensor, out: torch.Tensor) -> Judgement:
         return Judgement(False, unchecked)
     found = f"the sum of all results is off by {residual:.3g}, rounding explains {bound:.3g}"
     return Judgement(True, unchecked, found)
+
+
+def _verdict(weights: Weights, x: torch.Tensor, out: torch.Tensor) -> RowVerdict:
+    if out.dtype is weights.weight.dtype:
+        return check_rows(out, x, weights.checksum)
+    # Under autocast. What overflows in its dtype is infinite for the product, too.
+    return check_rows(out, x.to(out.dtype), narrowed_checksum(weights.checksum, out.dtype))
 
 
 def _by(verdict: RowVerdict, row: int) -> str:

@@ -94,27 +94,29 @@ class CheckedLinear(torch.nn.Module):  # type: ignore[misc]
         """The scheme that checks so many rows."""
         return self.schemes[bucket(rows)]
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         """``x Wᵀ + b``, checked.
 
         Args:
-            x: (…, in_features).
+            input: x, (…, in_features).
 
         Raises:
             UsageError: x has another number of features.
             DetectedError: a fault was found, and the policy is not to go on.
         """
         # The compiled product reads so many numbers of each row.
-        if x.shape[-1:] != (self.in_features,):
-            raise UsageError(f"{self.name} takes {self.in_features} features, not x of {tuple(x.shape)}")
-        rows = x if x.dim() == 2 else x.reshape(-1, self.in_features)
+        if input.shape[-1:] != (self.in_features,):
+            raise UsageError(
+                f"layer {self.name} takes {self.in_features} features, not x of {tuple(input.shape)}"
+            )
+        rows = input if input.dim() == 2 else input.reshape(-1, self.in_features)
         power = (rows.shape[0] - 1).bit_length()
         run, scheme = self._runs[power if power < _LAST else _LAST]
         out, holds = run(rows)
         self.detections.calls += 1
         if not holds:
             out = self._suspect(scheme, run, rows, out)
-        return out if x is rows else out.reshape(*x.shape[:-1], self.out_features)
+        return out if input is rows else out.reshape(*input.shape[:-1], self.out_features)
 
     def _suspect(self, scheme: Scheme, run: Run, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         judged = scheme.judge(self._prepared, x, out)
@@ -126,7 +128,7 @@ class CheckedLinear(torch.nn.Module):  # type: ignore[misc]
             renewed, holds = run(x)
             return renewed, holds or not scheme.judge(self._prepared, x, renewed).faulty
 
-        return settle(self.on_error, self.detections, self.name, judged.found, out, again)
+        return settle(self.on_error, self.detections, f"layer {self.name}", judged.found, out, again)
 
     def extra_repr(self) -> str:
         """What is printed of it."""

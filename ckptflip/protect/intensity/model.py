@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from ckptflip.protect.intensity.roofline import Shape
 from ckptflip.protect.intensity.schemes import Scheme, chosen
 from ckptflip.protect.intensity.times import Times
 from ckptflip.protect.intensity.weights import prepared
+from ckptflip.protect.layers import Left, listed, more_than, read_elsewhere
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,10 +30,12 @@ class Protected:
     Attributes:
         model: call it like the one it was made from.
         choices: one for each layer and batch that was measured.
+        left: linear layers that are not checked, with reasons.
     """
 
     model: torch.nn.Module
     choices: list[Choice]
+    left: list[Left]
 
     def detections(self) -> Detections:
         """What the checks of all layers saw."""
@@ -40,7 +43,10 @@ class Protected:
         return sum((module.detections for module in checked), Detections())
 
     def table(self) -> str:
-        """The choices, a line each: shape, FLOP per byte, scheme, each scheme's measured overhead, reason."""
+        """A line for each choice: shape, FLOP per byte, scheme, each scheme's measured overhead, reason.
+
+        Below, layers that are not checked, with reasons.
+        """
         schemes = [name for name in ("global", "row", "tile", "replication") if self._measured(name)]
         head = ["layer", "m", "n", "k", "FLOP/B", "scheme", *schemes, "reason"]
         lines = [head, *(self._line(choice, schemes) for choice in self.choices)]
@@ -52,7 +58,7 @@ class Protected:
                 for column, (cell, width) in enumerate(zip(line, widths, strict=True))
             ]
             texts.append("  ".join(cells).rstrip())
-        return "\n".join(texts)
+        return "\n".join([*texts, *(f"not checked: {left}" for left in self.left)])
 
     def _measured(self, scheme: str) -> bool:
         return any(scheme in choice.seconds for choice in self.choices)
@@ -83,7 +89,9 @@ def protect(
     two, those beyond what was measured that of the nearest.
 
     Args:
-        model: any module; it is copied, its `torch.nn.Linear` layers are replaced, subclasses are left alone.
+        model: any module; it is copied, and the `torch.nn.Linear` layers that are called with the example are
+            replaced. Subclasses, layers with hooks, and those whose weights PyTorch's attention and
+            transformer layers read without calling them stay as they are: see `Protected.left`.
         example: a batch that the model accepts: a tensor, or a tuple of arguments; the first dimension of the
             first tensor counts the batch.
         batches: batch sizes to measure for; by default that of the example alone.
@@ -112,10 +120,10 @@ def protect(
     asked = chosen(None if schemes is None else tuple(schemes))
     arguments = example if isinstance(example, tuple) else (example,)
     given = _batch(arguments)
-    sizes = (given,) if batches is None else tuple(batches)
+    sizes = (given,) if batches is None else tuple(batches) if isinstance(batches, Iterable) else ()
     if not sizes or any(not isinstance(size, int) or size < 1 for size in sizes):
-        raise UsageError("batches are whole numbers from 1 on, one at least")
-    rows = _rows(model, arguments)
+        raise UsageError(f"batches are a list of whole numbers from 1 on, one at least, not {batches!r}")
+    rows, left = _rows(model, arguments)
     protected = copy.deepcopy(model).eval()
     times, choices = Times(remeasure, None if cache_folder is None else Path(cache_folder)), []
     for size in sorted(set(sizes)):
@@ -133,7 +141,7 @@ def protect(
         layer = protected.get_submodule(name)
         checked = CheckedLinear(layer, by_bucket, on_error=on_error, name=name or "linear")
         protected = _replaced(protected, layer, checked)
-    return Protected(protected, sorted(choices, key=lambda choice: list(rows).index(choice.module)))
+    return Protected(protected, sorted(choices, key=lambda choice: list(rows).index(choice.module)), left)
 
 
 def _confirmed(model: torch.nn.Module, made: list[Choice], arguments: tuple[Any, ...]) -> list[Choice]:
@@ -152,30 +160,56 @@ def _batch(arguments: tuple[Any, ...]) -> int:
     raise UsageError("the example holds no tensor with a first dimension that counts the batch")
 
 
-def _rows(model: torch.nn.Module, arguments: tuple[Any, ...]) -> dict[str, int]:
-    """Rows that each linear layer is given for the example, by name; layers never called are left out."""
-    names = {module: name for name, module in model.named_modules() if type(module) is torch.nn.Linear}
-    if not names:
-        raise UsageError("the model has no torch.nn.Linear layer: there is nothing to protect")
+def _rows(model: torch.nn.Module, arguments: tuple[Any, ...]) -> tuple[dict[str, int], list[Left]]:
+    """Rows that each linear layer is given for the example, by name; and the layers that are left out."""
+    linear = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, (torch.nn.Linear, CheckedLinear))
+    }
+    read = read_elsewhere(model)
+    reasons = {
+        name: "it is protected already"
+        if isinstance(module, CheckedLinear)
+        else more_than(module, torch.nn.Linear, read)
+        for name, module in linear.items()
+    }
+    called = {name: module for name, module in linear.items() if not reasons[name]}
+    rows = _called(model, called, arguments) if called else {}
+    reasons |= {name: "it was not called with the example" for name in called if name not in rows}
+    left = [Left(name, type(linear[name]).__name__, reason) for name, reason in reasons.items() if reason]
+    if not rows:
+        raise UsageError(f"there is nothing to protect: {listed(left) or 'the model has no torch.nn.Linear'}")
+    return {name: rows[name] for name in linear if name in rows}, left
+
+
+def _called(
+    model: torch.nn.Module, layers: dict[str, torch.nn.Module], arguments: tuple[Any, ...]
+) -> dict[str, int]:
+    """Rows that each of these layers is given for the example; those never called are left out."""
     seen: dict[str, int] = {}
 
-    def note(module: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
-        seen[names[module]] = inputs[0].numel() // max(inputs[0].shape[-1], 1)
+    def noting(name: str, forward: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def noted(input: torch.Tensor) -> torch.Tensor:
+            seen[name] = input.numel() // max(input.shape[-1], 1)
+            return forward(input)
 
-    hooks = [module.register_forward_pre_hook(note) for module in names]
+        return noted
+
     training = [module for module in model.modules() if module.training]
+    # No hooks: modules with fast paths of their own look for them, and call their layers then.
+    for name, layer in layers.items():
+        layer.forward = noting(name, layer.forward)
     try:
         model.eval()
         with torch.no_grad():
             model(*arguments)
     finally:
-        for hook in hooks:
-            hook.remove()
+        for layer in layers.values():
+            del layer.forward
         for module in training:
             module.training = True
-    if not seen:
-        raise UsageError("no torch.nn.Linear layer was called with the example: there is nothing to protect")
-    return {name: seen[name] for name in names.values() if name in seen}
+    return seen
 
 
 def _choice(name: str, layer: Any, rows: int, times: Times, asked: tuple[Scheme, ...]) -> Choice:

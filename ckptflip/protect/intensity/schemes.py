@@ -2,6 +2,7 @@
 
 All take x of shape (m, k) and give x Wᵀ + b of shape (m, n) and whether a quick check holds. What does not
 hold is judged once more in double precision: a quick check that is too strict costs time, no false alarm.
+Under autocast, results are those of PyTorch's product in autocast's dtype, and so is the bound.
 
 | scheme | on a fault in | finds changes of one result beyond |
 |---|---|---|
@@ -45,7 +46,7 @@ class Scheme(Protocol):
         """What is wrong with results that the quick check suspects."""
 
     def least(self, weights: Weights, x: torch.Tensor) -> torch.Tensor:
-        """The smallest change of one result that is found for certain, (m,)."""
+        """The smallest change of one result that is found for certain, (m,); not under autocast."""
 
     def cost(self, shape: Shape) -> tuple[int, int]:
         """FLOP, and bytes moved, beyond those of the product."""
@@ -102,17 +103,17 @@ class Summed:
             return out, not (found.faulty or found.unchecked)
 
         if weights.weight.is_cuda and self.name == "global" and not triton_schemes.unfit(weights):
-            return triton_schemes.total(weights)
+            return _unless_autocast(triton_schemes.total(weights), plain)
         if weights.fast is None:
             return plain
         address, kernel = weights.fast.address, getattr(kernels(), self._kernel)
         single, inputs, outputs = torch.float32, weights.inputs, weights.outputs
 
         def fast(x: torch.Tensor) -> tuple[torch.Tensor, bool]:
-            if not (x.is_contiguous() and x.dtype is single and x.is_cpu):
+            if not (x.is_contiguous() and x.dtype is single and x.is_cpu) or x.is_neg():
                 return plain(x)
             out = linear(x, weight, bias)
-            if out.dtype is not single or not out.is_contiguous():
+            if out.dtype is not single or not out.is_contiguous():  # under autocast
                 found = judge(weights, x, out)
                 return out, not (found.faulty or found.unchecked)
             return out, not kernel(address, x.shape[0], x.data_ptr(), inputs, out.data_ptr(), outputs)
@@ -198,16 +199,18 @@ class Tiled:
 
     def prepare(self, weights: Weights) -> Run:
         if weights.weight.is_cuda and not triton_schemes.unfit(weights):
-            return triton_schemes.tile(weights)
+            return _unless_autocast(triton_schemes.tile(weights), Summed("row").prepare(weights))
         if weights.fast is None:
             raise UsageError(f"the tile scheme cannot check this layer: {self.unfit(weights)}")
         address, kernel = weights.fast.address, kernels().linear_tiles  # type: ignore[union-attr]
         single, inputs, outputs = torch.float32, weights.inputs, weights.outputs
-        other = Summed("row").prepare(weights)
+        other, autocast = Summed("row").prepare(weights), torch.is_autocast_enabled
 
         def fast(x: torch.Tensor) -> tuple[torch.Tensor, bool]:
-            # A product of ours has no gradient.
-            if not (x.is_contiguous() and x.dtype is single and x.is_cpu) or x.requires_grad:
+            # A product of ours has no gradient, knows nothing of autocast, and reads memory as it is.
+            if not (x.is_contiguous() and x.dtype is single and x.is_cpu) or x.requires_grad or x.is_neg():
+                return other(x)
+            if autocast("cpu"):
                 return other(x)
             rows = x.shape[0]
             out = x.new_empty((rows, outputs))
@@ -227,6 +230,11 @@ class Tiled:
     def memory(self, weights: Weights) -> int:
         fast = weights.fast
         return 0 if fast is None else fast.nbytes + fast.packed.nbytes
+
+
+def _unless_autocast(fused: Run, other: Run) -> Run:
+    """A product of ours knows nothing of autocast: PyTorch's is taken where that is on."""
+    return lambda x: other(x) if torch.is_autocast_enabled("cuda") else fused(x)
 
 
 def row_least(weights: Weights, x: torch.Tensor) -> torch.Tensor:

@@ -68,6 +68,8 @@ class Fast:
     __slots__ = ("_kept", "address", "floor", "nbytes", "packed", "scale")
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, checksum: RowChecksum) -> None:
+        # Kernels read memory, not what a view makes of it.
+        weight, bias = weight.resolve_neg(), None if bias is None else bias.resolve_neg()
         n, k = weight.shape
         panel, narrow, lanes = kernels().linear_panel()  # type: ignore[union-attr]
         unit = UNIT[torch.float32]
