@@ -100,6 +100,12 @@ def test_values_beyond_all_scales_are_no_error(values):
         dequantise(stored, layout)
 
 
+@pytest.mark.parametrize("values", [[["a"]], [[1.0], [1.0, 2.0]], [[{}]]])
+def test_what_holds_no_numbers_is_refused(values):
+    with pytest.raises(UsageError, match="a table for 'int8' holds floats"):
+        quantise(np.array(values, object) if len(values) > 1 else np.array(values), "int8")
+
+
 # Rows of 4-bit codes whose last byte is half used, which ATen has no operator for: by the definition.
 @pytest.mark.parametrize(("layout", "dim"), [("int4", 5), ("int2", 7), ("int4-tbe", 5), ("int2-tbe", 3)])
 def test_odd_dimensions(layout, dim):

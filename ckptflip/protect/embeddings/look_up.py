@@ -140,28 +140,33 @@ def bags_of(
         UsageError: shapes or dtypes that make no sense.
     """
     if getattr(ids, "dtype", None) not in _INTEGERS:
-        given = ids.dtype if isinstance(ids, torch.Tensor) else type(ids).__name__
-        raise UsageError(f"table {name}: ids are a tensor of int32 or int64, not {given}")
+        raise UsageError(f"table {name}: ids are a tensor of int32 or int64, not {_kind(ids)}")
     if weights is not None:
-        if weights.is_complex():
-            raise UsageError(f"table {name}: per_sample_weights are numbers, not {weights.dtype}")
+        if not isinstance(weights, torch.Tensor) or weights.is_complex():
+            raise UsageError(f"table {name}: per_sample_weights are numbers, not {_kind(weights)}")
         if weights.shape != ids.shape:
             raise UsageError(
                 f"table {name}: {tuple(weights.shape)} weights for {tuple(ids.shape)} ids: give one for each"
             )
-        weights = weights.detach().to(torch.float32).reshape(-1).contiguous()
+        weights = weights.detach().to(torch.float32).resolve_neg().reshape(-1).contiguous()
     if ids.dim() == 2:
         if offsets is not None:
             raise UsageError(f"table {name}: ids of two axes are bags already, and take no offsets")
         return Bags(ids.reshape(-1).contiguous(), None, ids.shape[0], ids.shape[1], weights)
-    if ids.dim() != 1 or offsets is None or offsets.dim() != 1 or offsets.dtype not in _INTEGERS:
+    listed = isinstance(offsets, torch.Tensor) and offsets.dim() == 1 and offsets.dtype in _INTEGERS
+    if ids.dim() != 1 or offsets is None or not listed:
         raise UsageError(
-            f"table {name}: ids have two axes, [bags, length], or one and offsets, int32 or int64 of one axis"
+            f"table {name}: ids have two axes, [bags, length], or one and offsets, a tensor of "
+            "int32 or int64 of one axis"
         )
     count = offsets.numel() - include_last
     if count < 0:
         raise UsageError(f"table {name}: with include_last_offset there is at least one offset")
     return Bags(ids.contiguous(), offsets.contiguous(), count, 0, weights)
+
+
+def _kind(given: Any) -> object:
+    return given.dtype if isinstance(given, torch.Tensor) else type(given).__name__
 
 
 def look_up(
@@ -173,7 +178,7 @@ def look_up(
     mean: bool = False,
     padding: int = -1,
     threads: int = 1,
-    name: str = "table",
+    name: str = "without a name",
     fault: ArithmeticFault | None = None,
 ) -> Found:
     """Look up bags, add them and check every row and every addition.
@@ -234,7 +239,13 @@ _ISA = 2
 
 
 def plain(
-    table: torch.Tensor, row: Row, bags: Bags, *, mean: bool = False, padding: int = -1, name: str = "table"
+    table: torch.Tensor,
+    row: Row,
+    bags: Bags,
+    *,
+    mean: bool = False,
+    padding: int = -1,
+    name: str = "without a name",
 ) -> Found:
     """`look_up` without the compiled kernel: ATen's operator, and the rows once more for their checks.
 

@@ -16,10 +16,12 @@ except ImportError as error:
     raise MissingExtraError("torch", "torch", "Protected embedding bags") from error
 
 from ckptflip.protect.embeddings.ids import seal_ids
+from ckptflip.protect.embeddings.kept import KeptRows
 from ckptflip.protect.embeddings.look_up import ARITHMETIC, Bags, Found, bags_of, look_up, verdict_of
 from ckptflip.protect.embeddings.rows import Row
 from ckptflip.protect.embeddings.tables import (
     bad_rows,
+    check_layout,
     protect_table,
     protected_rows,
     row_of_protected,
@@ -66,7 +68,8 @@ class ProtectedEmbeddingBag(torch.nn.Module):  # type: ignore[misc]
             with what came out; ``recompute`` those bags, and raise if they are unsound again; ``restore`` the
             damaged rows and recompute; ``zero`` the damaged rows, for good, and recompute.
         restore: gives rows as they were before they were protected, by their numbers: int64[k] to [k, stored
-            row]. For ``restore``.
+            row]. For ``restore``; a `ckptflip.protect.embeddings.kept.KeptRows` has a copy of the table, and
+            takes another where `load_state_dict` brings one.
         threads: how many share the bags of a call; only the compiled kernel does.
         name: of the table, for messages.
 
@@ -99,9 +102,10 @@ class ProtectedEmbeddingBag(torch.nn.Module):  # type: ignore[misc]
         on_error: str = "raise",
         restore: Restore | None = None,
         threads: int = 1,
-        name: str = "table",
+        name: str = "without a name",
     ) -> None:
         super().__init__()
+        check_layout(layout)
         if mode not in ("sum", "mean"):
             raise UsageError(f"table {name}: mode is sum or mean, not {mode!r}")
         if on_error not in REACTIONS or (on_error == "restore") != (restore is not None):
@@ -139,6 +143,7 @@ class ProtectedEmbeddingBag(torch.nn.Module):  # type: ignore[misc]
         """
         from ckptflip.recsys.tables import quantise
 
+        check_layout(layout)
         if layout.startswith("int"):
             stored = torch.from_numpy(quantise(table.detach().float().numpy(), layout))
         else:
@@ -231,6 +236,11 @@ class ProtectedEmbeddingBag(torch.nn.Module):  # type: ignore[misc]
                 f"{seal:#018x}. Fetch the batch anew"
             )
 
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        if isinstance(self.restore, KeptRows) and f"{prefix}weight" in state_dict:
+            self.restore.renew(self.weight)
+
     def _look_up(self, bags: Bags) -> Found:
         weight = self._buffers["weight"]
         assert weight is not None
@@ -279,7 +289,11 @@ class ProtectedEmbeddingBag(torch.nn.Module):  # type: ignore[misc]
     def _replace(self, rows: torch.Tensor) -> None:
         """Put restored rows, or zeros, in the place of damaged ones."""
         if self.restore is not None:
-            stored = _numpy(self.restore(rows), self.row.layout)
+            try:
+                given = self.restore(rows)
+            except DetectedError as error:
+                raise DetectedError(f"table {self.name}: {error}") from None
+            stored = _numpy(given, self.row.layout)
             fresh = np.ascontiguousarray(stored).view(np.uint8).reshape(rows.numel(), -1)
             if fresh.shape[1] != self.row.stored_width:
                 raise UsageError(

@@ -14,7 +14,7 @@ from ckptflip.bits.formats import lookup_name
 from ckptflip.errors import SelectionError, UsageError
 from ckptflip.faults.catalogue import Tensor
 from ckptflip.faults.rowwise import fitted, parse
-from ckptflip.protect.embeddings.rows import MIX_NUMBERS, MIX_ROW, Row, position_weights
+from ckptflip.protect.embeddings.rows import LAYOUTS, MIX_NUMBERS, MIX_ROW, Row, position_weights
 
 Bytes = NDArray[np.uint8]
 # Rows are worked on in blocks of about so many values.
@@ -107,6 +107,24 @@ def bad_rows(protected: Any, layout: str, rows: Any = None) -> NDArray[np.int64]
         for some in _blocks(wanted.size, row)
     ]
     return np.concatenate([np.empty(0, np.int64), *found])
+
+
+def check_layout(layout: str) -> None:
+    """Raise UsageError unless tables of this layout can be protected.
+
+    Example:
+        >>> check_layout("int4:33")
+    """
+    name = layout.strip().partition(":")[0] if isinstance(layout, str) else ""
+    if name.endswith("-tbe"):
+        raise UsageError(f"layout {layout!r} cannot be protected: bring the rows into ATen's layout first")
+    if name not in LAYOUTS or (name in _FLOATS and layout not in _FLOATS):
+        raise UsageError(
+            f"layout {layout!r} cannot be protected: use {', '.join(LAYOUTS)}, those of codes with :D for "
+            "the dimension where rows are wider than their codes need"
+        )
+    if name not in _FLOATS:
+        parse(layout)
 
 
 def row_of_stored(array: NDArray[Any], layout: str) -> Row:
@@ -223,9 +241,8 @@ def _blocks(rows: int, row: Row) -> Iterator[slice]:
 
 
 def _dim_of(array: NDArray[Any], layout: str) -> tuple[str, int]:
+    check_layout(layout)
     kind = parse(layout)
-    if kind.batched:
-        raise UsageError(f"layout {layout!r} cannot be protected: bring the rows into ATen's layout first")
     found = fitted(kind, Tensor("the table", array.shape, lookup_name(array.dtype.name)))
     return f"int{kind.bits}", found.dim
 

@@ -37,13 +37,17 @@ def quantise(table: ArrayLike, layout: str) -> NDArray[np.uint8]:
         uint8[rows, bytes of a row].
 
     Raises:
-        UsageError: not two axes, no columns, or another dimension than the layout names.
+        UsageError: no numbers, not two axes, no columns, or another dimension than the layout names.
 
     Example:
         >>> quantise(np.array([[0.0, 1.0, 3.0]]), "int4").tolist()
         [[80, 15, 102, 50, 0, 0]]
     """
-    kind, values = parse(layout), np.asarray(table, np.float32)
+    kind = parse(layout)
+    try:
+        values = np.asarray(table, np.float32)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"a table for {layout!r} holds floats in rows of one length: {error}") from None
     if values.ndim != 2 or not values.shape[1] or kind.dim not in (None, values.shape[1]):
         raise UsageError(
             f"a table for {layout!r} has two axes, rows and columns, not the shape {values.shape}"

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import warnings
 
 import pytest
 import torch
 
-from ckptflip.errors import SelectionError, UsageError
+from ckptflip.errors import DetectedError, UsageError
 from ckptflip.protect.embeddings.collections import ProtectedBagCollection
 from ckptflip.protect.embeddings.conversion import protect_bags
+from ckptflip.protect.embeddings.kept import KeptRows
 from ckptflip.protect.embeddings.module import ProtectedEmbeddingBag
 from ckptflip.recsys.models.dlrm import Dlrm
 
@@ -25,7 +28,7 @@ def test_a_dlrm_keeps_its_names_and_nearly_its_logits():
         assert torch.equal(model(dense, ids), before)
     assert list(model.state_dict()) == names
     assert isinstance(model.emb_l[1], ProtectedEmbeddingBag)
-    with pytest.raises(SelectionError, match="no embedding bag"):
+    with pytest.raises(UsageError, match=r"emb_l\.0 \(ProtectedEmbeddingBag\): it is protected already"):
         protect_bags(model)
 
 
@@ -58,11 +61,123 @@ def test_quantised_modules_of_torch_give_the_same_bits(dtype, layout):
     assert torch.equal(model["emb"](ids, offsets), expected)
 
 
-def test_bags_that_cannot_be_protected_are_refused():
-    with pytest.raises(UsageError, match="sum or mean"):
-        protect_bags(torch.nn.ModuleDict({"a": torch.nn.EmbeddingBag(4, 2, mode="max")}))
-    with pytest.raises(UsageError, match="max_norm"):
-        protect_bags(torch.nn.ModuleDict({"a": torch.nn.EmbeddingBag(4, 2, max_norm=1.0)}))
+def bag(**options):
+    return torch.nn.EmbeddingBag(10, 4, **{"mode": "sum", **options})
+
+
+def test_what_was_loaded_is_restored():
+    torch.manual_seed(0)
+    model, other = (torch.nn.ModuleDict({"e": bag()}) for _ in range(2))
+    bags, ids = protect_bags(model, on_error="restore"), torch.tensor([[1, 2]])
+    loaded = protect_bags(other, on_error="restore")["e"](ids)
+    model.load_state_dict(other.state_dict())
+    bags["e"].weight[1, 0] ^= 1
+    assert torch.equal(model["e"](ids), loaded) and bags["e"].counts.restored == 1
+    model.load_state_dict({}, strict=False)
+    bags["e"].weight[1, 0] ^= 1
+    model.load_state_dict({}, strict=False)
+    assert torch.equal(model["e"](ids), loaded) and bags["e"].counts.restored == 2
+
+
+@pytest.mark.parametrize("layout", ["int8", "int4", "fp32", "bf16"])
+def test_a_copy_that_is_damaged_itself_restores_nothing(layout):
+    torch.manual_seed(0)
+    model = torch.nn.ModuleDict({"e": bag()})
+    kept = protect_bags(model, layout, on_error="restore")["e"]
+    damaged = copy.deepcopy(model.state_dict())
+    damaged["e.weight"].view(torch.uint8)[3, 0] ^= 1
+    model.load_state_dict(damaged)
+    assert kept(torch.tensor([[1, 2]])).shape == (1, 4)
+    with pytest.raises(DetectedError, match="table e: row 3 cannot be restored: damaged in the copy"):
+        kept(torch.tensor([[1, 3]]))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_and_pickles_restore_their_own_rows(copied):
+    torch.manual_seed(0)
+    model, ids = torch.nn.ModuleDict({"e": bag()}), torch.tensor([[1, 2]])
+    protect_bags(model, on_error="restore")
+    clean, made = model["e"](ids), copied(model)
+    model.load_state_dict({"e.weight": model["e"].weight.flip(0)})
+    made["e"].weight[1, 0] ^= 1
+    assert torch.equal(made["e"](ids), clean) and made["e"].counts.restored == 1
+    assert isinstance(made["e"].restore, KeptRows) and made["e"].restore is not model["e"].restore
+
+
+def test_a_bag_of_two_names_is_protected_under_both():
+    class Twice(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = bag()
+            self.b = self.a
+
+    model = Twice()
+    bags = protect_bags(model)
+    assert model.a is model.b is bags["a"] and list(bags) == ["a"] and len(bags) == 1
+    model = Twice()
+    assert list(protect_bags(model, tables="b")) == ["b"] and model.a is model.b
+
+
+class Scaled(torch.nn.EmbeddingBag):
+    """A bag that does more."""
+
+    def forward(self, *arguments):
+        return 10 * super().forward(*arguments)
+
+
+def test_bags_that_cannot_be_protected_are_left_and_named():
+    from torch.ao.nn.quantized import EmbeddingBag
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        quantised = EmbeddingBag(10, 8)
+    kinds = {
+        "good": bag(),
+        "hooked": bag(),
+        "max": bag(mode="max"),
+        "norm": bag(max_norm=1.0),
+        "quantised": quantised,
+        "scaled": Scaled(10, 4, mode="sum"),
+        "elsewhere": bag(device="meta"),
+    }
+    model = torch.nn.ModuleDict(kinds)
+    model["hooked"].register_forward_hook(lambda module, inputs, out: 2 * out)
+    bags = protect_bags(model, "int4")
+    assert list(bags) == ["good"] and isinstance(model["good"], ProtectedEmbeddingBag)
+    assert {left.name: (left.was, left.reason) for left in bags.left} == {
+        "hooked": ("EmbeddingBag", "it has hooks, which would be lost"),
+        "max": ("EmbeddingBag", "bags that are checked take the sum or mean, not the max"),
+        "norm": ("EmbeddingBag", "it renormalises its rows (max_norm) as it reads them"),
+        "quantised": ("EmbeddingBag", "it is quantised as int8, and int4 was asked for"),
+        "scaled": ("Scaled", "a subclass of EmbeddingBag may do more"),
+        "elsewhere": ("EmbeddingBag", "it is on meta; protected tables stay on the CPU"),
+    }
+    assert all(model[left.name] is kinds[left.name] for left in bags.left)
+
+
+@pytest.mark.parametrize(
+    ("model", "arguments", "message"),
+    [
+        ("text", {}, "not str"),
+        (bag(), {}, "this is an embedding bag itself"),
+        (torch.nn.Linear(2, 2), {}, "has no torch.nn.EmbeddingBag"),
+        ({"a": bag(mode="max")}, {}, r"a \(EmbeddingBag\): bags that are checked take the sum or mean"),
+        ({"a": bag(max_norm=1.0)}, {}, "max_norm"),
+        ({"a": bag()}, {"tables": "b*"}, r"no embedding bag is named 'b\*'; this model has a$"),
+        ({"a": bag()}, {"layout": "fp16"}, "'fp16' cannot be protected: use int8, int4, int2, fp32, bf16"),
+        ({"a": bag()}, {"layout": "int8-tbe"}, "bring the rows into ATen's layout"),
+        ({"a": bag()}, {"layout": "fp32:4"}, "cannot be protected"),
+        ({"a": bag()}, {"layout": None}, "layout None cannot be protected"),
+        ({"a": bag()}, {"on_error": "mend"}, "'mend' is no policy"),
+        ({"a": bag()}, {"threads": 0}, "threads"),
+    ],
+)
+def test_bad_input_leaves_the_model_as_it_is(model, arguments, message):
+    model = torch.nn.ModuleDict(model) if isinstance(model, dict) else model
+    before = list(model.modules()) if isinstance(model, torch.nn.Module) else []
+    with pytest.raises(UsageError, match=message):
+        protect_bags(model, **arguments)
+    assert not before or list(model.modules()) == before
 
 
 class Jagged:

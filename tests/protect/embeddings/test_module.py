@@ -117,8 +117,10 @@ def test_other_arguments_are_refused():
     bag = ProtectedEmbeddingBag.from_float(TABLE, "int8", mode="mean")
     with pytest.raises(UsageError, match="per_sample_weights"):
         bag(IDS, per_sample_weights=torch.ones(3, 3))
-    with pytest.raises(UsageError, match="table table: ids have two axes"):
+    with pytest.raises(UsageError, match="table without a name: ids have two axes"):
         bag(IDS[0])
+    with pytest.raises(UsageError, match="offsets, a tensor of int32 or int64"):
+        bag(IDS[0], [0, 1])
     for ids in ([[1, 2]], None, np.array([[1]])):
         with pytest.raises(UsageError, match="ids are a tensor"):
             bag(ids)
@@ -127,8 +129,19 @@ def test_other_arguments_are_refused():
             ProtectedEmbeddingBag.from_float(TABLE, "int8", **options)
     with pytest.raises(UsageError, match="per_sample_weights are numbers"):
         ProtectedEmbeddingBag.from_float(TABLE, "int8")(IDS, None, torch.ones(3, 3, dtype=torch.complex64))
+    with pytest.raises(UsageError, match="per_sample_weights are numbers, not list"):
+        ProtectedEmbeddingBag.from_float(TABLE, "int8")(IDS, None, [[1.0]])
+    with pytest.raises(UsageError, match="layout 'fp16' cannot be protected"):
+        ProtectedEmbeddingBag.from_float(TABLE, "fp16")
     with pytest.raises(UsageError, match=r"not torch\.float32"):
         bag(IDS.float())
+
+
+def test_weights_with_a_sign_of_their_own_are_read_as_they_are_meant():
+    bag = ProtectedEmbeddingBag.from_float(TABLE, "fp32")
+    weights = torch.complex(torch.rand(3, 3), torch.rand(3, 3)).conj().imag
+    assert weights.is_neg()
+    assert torch.equal(bag(IDS, None, weights), bag(IDS, None, weights.resolve_neg()))
 
 
 def test_without_the_extension_the_verdicts_are_the_same():
