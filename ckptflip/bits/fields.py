@@ -34,6 +34,8 @@ class BitSpec(Struct, frozen=True):
     text: str
 
     def __post_init__(self) -> None:
+        if not isinstance(self.text, str):
+            raise UsageError(f"bits are a text such as 'sign,exponent' or '23-30', not {self.text!r}")
         for term in self._terms():
             _check(term.removeprefix("!"), self.text)
 

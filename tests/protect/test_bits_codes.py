@@ -118,6 +118,31 @@ def test_a_flip_in_the_checks_is_put_right_and_the_words_are_let_be(case, data):
     assert np.array_equal(checks, before)
 
 
+@given(guarded(), st.data())
+def test_bits_of_checks_that_belong_to_no_word_alter_and_report_none(case, data):
+    """The last byte of packed bits is filled in part: whatever flips behind its end, in as many checks."""
+    words, packing, code, checks = case
+    clean, before = words.copy(), checks.copy()
+    random = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    noise = np.frombuffer(random.bytes(checks.size), np.uint8)
+    used = kept_bits(words, packing, code)
+    checks ^= noise & ~used
+    flipped = int(np.bitwise_count(noise & ~used).sum())
+    found = code.find(words, packing, checks)
+    assert not found.words.size and not found.groups.size and found.checks == flipped
+    assert np.array_equal(checks, before) and np.array_equal(words, clean)
+
+
+def kept_bits(words, packing, code):
+    """The bits of checks that stand for a word's, as bytes: those that some checks have set."""
+    ones, count = np.full_like(words, -1 & (1 << words.itemsize * 8) - 1), words.size
+    if code.name == "tmr":
+        return code.encode(ones, packing)
+    groups = groups_of(count, code.group)
+    each = packing.pack(np.full(groups, ones[0], packing.dtype))
+    return np.tile(each, code.size(count, packing) // each.size)
+
+
 @given(guarded(["secded"]), st.data())
 def test_a_flip_of_a_word_and_one_in_its_checks_never_alter_another_word(case, data):
     words, packing, code, checks = case
@@ -201,7 +226,8 @@ def test_memory_of_sign_and_exponent():
 @pytest.mark.parametrize(
     ("name", "group", "said"),
     [("secde", 64, "did you mean 'secded'"), ("x", 64, "use parity"), ("secded", 1, "a group has 2 to"),
-     ("secded", 2.5, "a group has"), ("secded", True, "a group has")],
+     (None, 64, "use parity"), (5, 64, "use parity"), ("secded", 2.5, "a group has"),
+     ("secded", True, "a group has")],
 )  # fmt: skip
 def test_codes_that_make_no_sense(name, group, said):
     with pytest.raises(UsageError, match=said):

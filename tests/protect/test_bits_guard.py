@@ -112,6 +112,50 @@ def test_faults_in_a_model_are_put_right(code, uncorrectable):
             assert {(f.tensor, f.element, 1 << f.bit) for f in report.corrections()} == hit
 
 
+@pytest.mark.parametrize("code", ["parity", "secded", "tmr"])
+@pytest.mark.parametrize("bits", ["sign,exponent", "critical,0-2"])
+@pytest.mark.parametrize("count", [1, 5, 100, 300])
+def test_a_flip_of_any_bit_of_the_checks(count, bits, code):
+    """It is mended, or with parity reported as a group's; and flips of the array are still put right."""
+    array = np.random.default_rng(count).standard_normal(count).astype(np.float32)
+    words, clean = as_words(array), as_words(array).copy()
+    guarded = guard(array, bits, code)
+    (kept,) = guarded._kept
+    good, low = kept.checks.copy(), BitSpec(bits).mask(lookup("float32")).bit_length() - 1
+    for place in range(kept.checks.size * 8):
+        kept.checks[place // 8] ^= np.uint8(1 << place % 8)
+        report = guarded.scrub()
+        assert not report.corrected and np.array_equal(words, clean)
+        if report.uncorrectable:
+            assert code == "parity" and (report.uncorrectable, report.checks) == (1, 0)
+            (lost,) = report.losses()
+            assert lost.elements and lost.elements[-1] < count
+            kept.checks[:] = good
+        else:
+            assert report.checks == 1 and np.array_equal(kept.checks, good)
+        assert guarded.scrub().clean
+        words[place % count] ^= np.uint32(1 << low)
+        report = guarded.scrub()
+        if code == "parity":
+            assert report.uncorrectable == 1
+            words[place % count] ^= np.uint32(1 << low)
+        else:
+            assert list(report.corrections()) == [Flip("array", place % count, low)]
+        assert np.array_equal(words, clean)
+
+
+def test_what_guards_and_scrubs_print():
+    array = np.ones(64_000, np.float32)
+    guarded = guard(array)
+    assert repr(guarded) == (
+        "<Guard of 1 tensor: secded of 64 elements over 'sign,exponent', 9000 bytes of checks, "
+        "3.5% of the tensors>"
+    )
+    as_words(array)[7] ^= np.uint32(3 << 30)
+    assert repr(guarded.scrub()).startswith("<Scrub: 2 corrected, 0 uncorrectable, 0 of the checks; ")
+    assert repr(guard(array, code="tmr")).startswith("<Guard of 1 tensor: tmr over 'sign,exponent', ")
+
+
 def test_only_chosen_tensors_are_guarded():
     net = model()
     assert guard(net, layers="1").tensors == ["model/1.bias", "model/1.weight"]
@@ -205,6 +249,11 @@ def test_bad_input_is_said():
         guard(frozen)
     with pytest.raises(UsageError, match="is not a bit field"):
         guard(np.zeros(4, np.float32), "exponnt")
+    for bits in (None, 5):
+        with pytest.raises(UsageError, match="bits are a text"):
+            guard(np.zeros(4, np.float32), bits)
+    with pytest.raises(UsageError, match="no code is called None; use parity"):
+        guard(np.zeros(4, np.float32), code=None)
     with pytest.raises(UsageError, match="no target for faults"):
         guard(3)
 

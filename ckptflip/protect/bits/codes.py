@@ -7,6 +7,7 @@ from typing import Protocol
 
 import numpy as np
 from msgspec import Struct
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from ckptflip.errors import UsageError
@@ -42,9 +43,11 @@ class Code(Protocol):
     """A code over the chosen bits of words. Checks are kept as bytes, without the bits between.
 
     Attributes:
+        name: of `CODES`.
         group: words that share their checks.
     """
 
+    name: str
     group: int
 
     def encode(self, words: Words, packing: Packing) -> Bytes:
@@ -79,7 +82,7 @@ def code_of(name: str, group: int = GROUP) -> Code:
             return Secded(group)
         case "tmr":
             return Triplication()
-    near = difflib.get_close_matches(name, CODES, 1)
+    near = difflib.get_close_matches(name, CODES, 1) if isinstance(name, str) else []
     hint = f"did you mean {near[0]!r}?" if near else f"use {', '.join(CODES)}"
     raise UsageError(f"no code is called {name!r}; {hint}")
 
@@ -97,6 +100,8 @@ class Parity:
         (array([1]), array([16], dtype=uint8))
     """
 
+    name = "parity"
+
     def __init__(self, group: int) -> None:
         self.group = group
         self._members = np.ones((1, group), bool)
@@ -106,8 +111,9 @@ class Parity:
 
     def find(self, words: Words, packing: Packing, checks: Bytes) -> Flips:
         count = groups_of(words.size, self.group)
+        unused = packing.clear_unused(checks, count)
         groups, lost = packing.differences(self.encode(words, packing), checks, count)
-        return Flips(*_none(packing), groups, lost, 0)
+        return Flips(*_none(packing), groups, lost, unused)
 
     def size(self, count: int, packing: Packing) -> int:
         return packing.size(groups_of(count, self.group))
@@ -131,6 +137,8 @@ class Secded:
         (array([3]), array([20], dtype=uint8))
     """
 
+    name = "secded"
+
     def __init__(self, group: int) -> None:
         self.group = group
         self._numbers = _numbers(group)
@@ -150,15 +158,17 @@ class Secded:
             return Flips(*_none(packing), *_none(packing), 0)
         count = groups_of(words.size, self.group)
         size = packing.size(count)
-        apart = [
-            packing.differences(now[at : at + size], checks[at : at + size], count)
-            for at in range(0, now.size, size)
-        ]
-        groups = np.unique(np.concatenate([at for at, _ in apart]))
+        unused, apart = 0, []
+        for at in range(0, now.size, size):
+            then = checks[at : at + size]
+            unused += packing.clear_unused(then, count)
+            apart.append(packing.differences(now[at : at + size], then, count))
+        groups = np.unique(np.concatenate([places for places, _ in apart]))
         syndromes = np.zeros((len(apart), groups.size), packing.dtype)
-        for row, (at, masks) in zip(syndromes, apart, strict=True):
-            row[np.searchsorted(groups, at)] = masks
-        return self._located(groups, syndromes, words.size, packing, checks)
+        for row, (places, masks) in zip(syndromes, apart, strict=True):
+            row[np.searchsorted(groups, places)] = masks
+        found = self._located(groups, syndromes, words.size, packing, checks)
+        return replace(found, checks=found.checks + unused)
 
     def size(self, count: int, packing: Packing) -> int:
         return (self._order + 1) * packing.size(groups_of(count, self.group))
@@ -226,6 +236,7 @@ class Triplication:
         (array([3]), array([48], dtype=uint8))
     """
 
+    name = "tmr"
     group = 1
 
     def encode(self, words: Words, packing: Packing) -> Bytes:
@@ -235,13 +246,14 @@ class Triplication:
         now, (first, second) = packing.pack(words), np.split(checks, 2)
         if np.array_equal(now, first) and np.array_equal(now, second):
             return Flips(*_none(packing), *_none(packing), 0)
+        unused = sum(packing.clear_unused(copy, words.size) for copy in (first, second))
         wrong = (now ^ first) & (now ^ second)
         places, masks = packing.differences(wrong, np.zeros_like(wrong), words.size)
         held = now ^ wrong
         flipped = sum(int(np.bitwise_count(copy ^ held).sum(dtype=np.int64)) for copy in (first, second))
         if flipped:
             first[:], second[:] = held, held
-        return Flips(places, masks, *_none(packing), flipped)
+        return Flips(places, masks, *_none(packing), flipped + unused)
 
     def size(self, count: int, packing: Packing) -> int:
         return 2 * packing.size(count)

@@ -55,7 +55,7 @@ class Guard:
     """
 
     def __init__(self, place: Place, chosen: list[int], bits: BitSpec, code: Code) -> None:
-        self._place, self._code = place, code
+        self._place, self._code, self._bits = place, code, bits
         self._kept: list[_Kept] = []
         for i in chosen:
             number = place.tensors[i].number
@@ -66,6 +66,15 @@ class Guard:
         self._names = {i: place.tensors[i] for i in chosen}
         self._marks: dict[int, Any] = {}
         self.refresh()
+
+    def __repr__(self) -> str:
+        code, cost = self._code, self.cost
+        what = "1 tensor" if len(self._names) == 1 else f"{len(self._names)} tensors"
+        together = f" of {code.group} elements" if code.group > 1 else ""
+        return (
+            f"<Guard of {what}: {code.name}{together} over {self._bits.text!r}, "
+            f"{cost.checks} bytes of checks, {cost.share:.1%} of the tensors>"
+        )
 
     @property
     def tensors(self) -> list[str]:

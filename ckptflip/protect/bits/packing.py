@@ -81,6 +81,23 @@ class Packing:
             start = end
         return joined(places, masks, self.dtype)
 
+    def clear_unused(self, packed: Bytes, count: int) -> int:
+        """Set the bits behind the last word's to 0, as they were packed; how many were not.
+
+        One bit of so many words fills its last byte in part. What is left of it belongs to no word.
+
+        Args:
+            packed: from so many words; altered in place.
+            count: how many.
+        """
+        used, end, found = count % 8, 0, 0
+        for one in self._slices:
+            end += _size(one, count)
+            if used and one.width == 1:
+                found += (int(packed[end - 1]) >> used).bit_count()
+                packed[end - 1] &= (1 << used) - 1
+        return found
+
     def flip(self, packed: Bytes, places: NDArray[np.int64], masks: Words, count: int) -> None:
         """XOR masks into packed words, in place. Positions are distinct."""
         start = 0

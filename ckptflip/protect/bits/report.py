@@ -66,6 +66,12 @@ class Scrub(Struct, frozen=True, eq=False):
     seconds: float
     found: Sequence[Found]
 
+    def __repr__(self) -> str:
+        return (
+            f"<Scrub: {self.corrected} corrected, {self.uncorrectable} uncorrectable, {self.checks} of the "
+            f"checks; {self.seconds:.3g} s>"
+        )
+
     @property
     def corrected(self) -> int:
         """Bits of tensors that were put right."""
