@@ -14,17 +14,16 @@ import argparse
 import copy
 import logging
 import random
-import statistics
-import time
 import warnings
 from collections.abc import Callable
 from importlib import metadata, util
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from processes import machine
+from rounds import AGAIN, PLAIN, Work, measured, milliseconds, share
 
 from ckptflip import live
 from ckptflip.faults import Policy
@@ -37,35 +36,6 @@ NEVER = 10**9
 PEERS = {"PyTorchFI": "pytorchfi", "MRFI": "mrfi"}
 DISTRIBUTIONS = {"PyTorchFI": "pytorchfi", "MRFI": "MRFI"}
 MANY, BER = 20_000, 1e-5
-
-
-class Work(NamedTuple):
-    """One thing that a tool does.
-
-    Attributes:
-        tool: its name.
-        run: does it once.
-        repeat: how often in each measurement.
-    """
-
-    tool: str
-    run: Callable[[], Any]
-    repeat: int = 1
-
-
-def medians(works: list[Work], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every round, by tool; the order of the tools rotates."""
-    found: dict[str, list[float]] = {work.tool: [] for work in works}
-    for work in works:
-        work.run()
-    for i in range(rounds):
-        turn = i % len(works)
-        for work in works[turn:] + works[:turn]:
-            began = time.process_time()
-            for _ in range(work.repeat):
-                work.run()
-            found[work.tool].append((time.process_time() - began) / work.repeat)
-    return found
 
 
 def weights(rounds: int) -> list[tuple[str, dict[str, list[float]], float]]:
@@ -86,7 +56,7 @@ def weights(rounds: int) -> list[tuple[str, dict[str, list[float]], float]]:
         works = [Work("ckptflip", ours, repeat)]
         if has("PyTorchFI"):
             works.append(Work("PyTorchFI", pytorchfi_weights(model, policy)))
-        rows.append((label, medians(works, rounds), limit))
+        rows.append((label, measured(works, rounds), limit))
     if has("MRFI"):
         rows[-1][1]["MRFI"] = mrfi_rate(rounds)
     return rows
@@ -128,8 +98,8 @@ def mrfi_rate(rounds: int) -> list[float]:
     # Its rate counts words; each gets one flip.
     made = mrfi(faulty, "weight", f"{{method: RandomPositionByRate, poisson: true, rate: {32 * BER}}}", True)
     with torch.no_grad():
-        found = medians([Work("MRFI", lambda: made(x)), Work("plain", lambda: plain(x))], rounds)
-    return [a - b for a, b in zip(found["MRFI"], found["plain"], strict=True)]
+        found = measured([Work("MRFI", lambda: made(x)), Work(PLAIN, lambda: plain(x))], rounds)
+    return [a - b for a, b in zip(found["MRFI"], found[PLAIN], strict=True)]
 
 
 def mrfi(model: torch.nn.Module, kind: str, selector: str, enabled: bool) -> Any:
@@ -154,7 +124,7 @@ def forwards(kind: str, idle: bool, rounds: int) -> dict[str, list[float]]:
     model, shape = (network(), (1, 3, 32, 32)) if kind == "ResNet18" else (perceptron(), (1, 64))
     repeat = 2 if kind == "ResNet18" else 500
     x = torch.randn(shape)
-    works = [Work("plain", lambda: model(x), repeat), Work("plain again", lambda: model(x), repeat)]
+    works = [Work(PLAIN, lambda: model(x), repeat), Work(AGAIN, lambda: model(x), repeat)]
     hooked = copy.deepcopy(model)
     layers = [kind for kind in LAYERS if any(isinstance(m, kind) for m in model.modules())]
     block = live.faults(hooked, Policy(), seed=1, activations=layers, calls=NEVER if idle else None)
@@ -169,7 +139,7 @@ def forwards(kind: str, idle: bool, rounds: int) -> dict[str, list[float]]:
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", live.FaultWarning)  # that idle hooks do not fire is the point
         with block:
-            return medians(works, rounds)
+            return measured(works, rounds)
 
 
 def pytorchfi_neurons(model: torch.nn.Module, shape: list[int], idle: bool) -> Callable[[Any], Any]:
@@ -201,19 +171,6 @@ def perceptron() -> torch.nn.Module:
 
 def has(peer: str) -> bool:
     return util.find_spec(PEERS[peer]) is not None
-
-
-def share(found: dict[str, list[float]], tool: str) -> str:
-    """What a tool adds to the plain forward pass."""
-    if tool not in found:
-        return "–"
-    base = zip(found["plain"], found["plain again"], strict=True)
-    ratios = [2 * t / (a + b) for t, (a, b) in zip(found[tool], base, strict=True)]
-    return f"{100 * (statistics.median(ratios) - 1):+.1f} %"
-
-
-def milliseconds(found: dict[str, list[float]], tool: str) -> str:
-    return f"{1e3 * statistics.median(found[tool]):.3g}" if tool in found else "–"
 
 
 def report(args: argparse.Namespace) -> str:
@@ -260,9 +217,7 @@ def report(args: argparse.Namespace) -> str:
         found = forwards(kind, idle, args.rounds)
         work = f"{kind}, {'hooks that are idle' if idle else 'one flip in every layer'}"
         peers = " | ".join(share(found, tool) for tool in ("MRFI", "PyTorchFI"))
-        again = [b / a - 1 for a, b in zip(found["plain"], found["plain again"], strict=True)]
-        nothing = f"{100 * statistics.median(again):+.1f} %"
-        plain = milliseconds(found, "plain")
+        plain, nothing = milliseconds(found, PLAIN), share(found, AGAIN)
         lines.append(f"| {work} | {plain} | {share(found, 'ckptflip')} | {limit} | {peers} | {nothing} |")
     return "\n".join(lines) + "\n"
 

@@ -14,6 +14,12 @@ import ckptflip
 from ckptflip.processor import processor
 
 GIB = 1 << 30
+# For glibc's malloc; other allocators do not look at these.
+KEEPING = {
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 32),
+    "MALLOC_TOP_PAD_": str(1 << 28),
+}
 _README = Path(__file__).parent.parent / "README.md"
 
 
@@ -50,6 +56,12 @@ def _bytes_read(process: int) -> int:
     except OSError:
         return -1
     return next(int(line.split()[1]) for line in lines if line.startswith("rchar"))
+
+
+def keep_memory() -> None:
+    """Start this program again with an allocator that gives no memory back, unless it is one."""
+    if not KEEPING.keys() <= os.environ.keys():
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | KEEPING)
 
 
 def program() -> list[str]:

@@ -28,7 +28,12 @@ def dlrm():
     return Dlrm(SIZES, dense=3, embedding=8, bottom=(16, 8), top=(8, 1))
 
 
-MODELS = {"dlrm": dlrm, "deepfm": lambda: DeepFm(SIZES, 3), "dcn": lambda: Dcn(SIZES, 3)}
+MODELS = {
+    "dlrm": dlrm,
+    "deepfm": lambda: DeepFm(SIZES, 3),
+    "dcn": lambda: Dcn(SIZES, 3),
+    "dcn 2": lambda: Dcn(SIZES, 3, version=2),
+}
 
 
 @pytest.fixture(params=["kernel", "torch"])
@@ -89,10 +94,13 @@ def test_faults_in_tables_and_layers_stay_within_bounds(value, rows, way, inputs
         assert all(seen.fired <= seen.calls == 1 for seen in block.counts())
 
 
-def test_the_kernel_and_pytorch_agree(monkeypatch, inputs):
+@pytest.mark.parametrize("cached", [0, torch_values._CACHED])
+@pytest.mark.parametrize("name", MODELS)
+def test_the_kernels_and_pytorch_agree(name, cached, monkeypatch, inputs):
     if torch_values.kernels() is None:
         pytest.skip("the kernels were not built")
-    model = made("dlrm")
+    monkeypatch.setattr(torch_values, "_CACHED", cached)
+    model = made(name)
     bounds = clipping.calibrate(model, [inputs], rule="percentile:90")
     found = []
     for seed in range(6):
@@ -105,7 +113,57 @@ def test_the_kernel_and_pytorch_agree(monkeypatch, inputs):
                     block.remove()
     for (ours, counted), (theirs, recounted) in zip(found[::2], found[1::2], strict=True):
         assert torch.equal(ours, theirs) and counted == recounted
-    assert sum(number for _, counted in found for _, number in counted) > 0
+    reached = {layer for _, counted in found for layer, number in counted if number}
+    assert reached >= {layer for layer, _ in found[0][1]} - {"linear", "out"}
+
+
+@pytest.mark.parametrize("columns", [1, 5, 16, 37])
+def test_tables_of_any_width_are_stacked_as_pytorch_does(columns, monkeypatch):
+    monkeypatch.setattr(torch_values, "_CACHED", 0)
+    torch.manual_seed(columns)
+    parts = [torch.randn(300, columns) for _ in range(7)]
+    parts[3][17, -1] = float("nan")
+    clip = torch_values.Clip(clipping.Bound("x", "Tables", -1.0, 1.0), (-1.0, 1.0, 0.5), True)
+    with torch.no_grad():
+        found = clip.stacked(parts)
+    whole = torch.stack(parts, dim=1)
+    assert torch.equal(found, whole.clamp(-1, 1).nan_to_num(0.5))
+    assert clip.values == int(((whole.abs() > 1) | whole.isnan()).sum())
+
+
+def test_tables_that_the_kernel_cannot_stack_are_stacked_by_pytorch(monkeypatch):
+    monkeypatch.setattr(torch_values, "_CACHED", 0)
+    clip = torch_values.Clip(clipping.Bound("x", "Tables", -9.0, 9.0), (0.0, 0.0, 0.0), True)
+    whole = torch.arange(24.0).reshape(6, 4) / 8
+    with torch.no_grad():
+        for parts in (
+            [whole, whole.double().float().t().contiguous().t()],
+            [whole, whole.half()],
+            [whole[:, :2], whole[:, 2:]],
+        ):
+            assert torch.equal(clip.stacked(parts), torch.stack(parts, dim=1))
+        with pytest.raises(RuntimeError, match="equal size"):
+            clip.stacked([whole, whole[:3]])
+
+
+@pytest.mark.parametrize("name", ["deepfm", "dcn"])
+def test_layers_that_are_computed_while_they_are_clipped_follow_autocast(name, inputs):
+    model = made(name)
+    bounds = clipping.fixed(model, 1e6, layers=["dense_l" if name == "deepfm" else "cross_l.*", "out"])
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        clean = model(*inputs)
+        with clipping.clipped(model, bounds):
+            assert torch.equal(model(*inputs), clean)
+
+
+def test_cross_layers_refuse_what_pytorch_refuses(inputs):
+    layer = made("dcn").cross_l[0]
+    with torch.no_grad(), clipping.clipped(layer, clipping.fixed(layer, 1, layers="")):
+        with pytest.raises(RuntimeError):
+            layer(torch.rand(2, layer.weight.numel()), torch.rand(2, layer.weight.numel() - 1))
+        one, many = torch.rand(1, layer.weight.numel()), torch.rand(3, layer.weight.numel())
+        found = layer(one, many)
+    assert torch.equal(found, layer(one, many).clamp(-1, 1))
 
 
 NUMBERS = st.one_of(
@@ -213,12 +271,33 @@ def test_a_sequential_does_layer_and_relu_at_once_only_where_nothing_looks_betwe
 
     model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))
     bounds = clipping.fixed(model, 1, layers=["0", "2"])
-    assert forward_of(model) == ["NoneType", "Rectifier", "NoneType"]
+    assert forward_of(model) == ["NoneType", "Rectifier", "Forward"]
     model[0].register_forward_hook(lambda *_: None)
-    assert forward_of(model) == ["NoneType"] * 3
+    assert forward_of(model) == ["NoneType", "NoneType", "Forward"]
     relu = nn.ReLU()
     model = nn.Sequential(nn.Linear(2, 2), relu, nn.Linear(2, 2), relu)
-    assert forward_of(model) == ["NoneType"] * 4
+    assert forward_of(model) == ["Forward", "NoneType", "Forward", "NoneType"]
+
+
+@pytest.mark.parametrize(("name", "layer"), [("dlrm", "emb_l"), ("dcn", "cross_l.0"), ("deepfm", "dense_l")])
+def test_hooks_that_were_there_act_before_clipping_and_others_after(name, layer, inputs):
+    model = made(name)
+    bounds = clipping.calibrate(model, [inputs], layers=layer)
+    module = model.get_submodule(layer)
+    module.register_forward_hook(lambda module, given, output: torch.full_like(output, 1e30))
+    with torch.no_grad(), clipping.clipped(model, bounds) as block:
+        seen = []
+        module.register_forward_hook(lambda module, given, output: seen.append(output))
+        model(*inputs)
+    assert block.values == seen[0].numel() and not seen[0].any()
+
+
+def test_a_forward_of_ones_own_is_clipped_and_stays():
+    model = nn.Sequential(nn.Linear(2, 2))
+    forward = model[0].forward = lambda x: torch.full_like(x, 5.0)
+    with clipping.clipped(model, clipping.fixed(model, 1, layers="0")):
+        assert model(torch.zeros(1, 2)).tolist() == [[1, 1]]
+    assert model[0].forward is forward
 
 
 def test_what_a_later_hook_keeps_is_not_rectified():
@@ -242,16 +321,19 @@ def test_copies_are_clipped_on_their_own(inputs):
     assert block.values == 0
 
 
-def test_compiled_models_are_clipped_if_that_came_first(inputs):
-    model = made("dlrm")
+@pytest.mark.parametrize("name", MODELS)
+def test_compiled_models_are_clipped_if_that_came_first(name, inputs):
+    model = made(name)
     bounds = clipping.calibrate(model, [inputs])
     block = clipping.clip(model, bounds)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     with torch.no_grad():
         clean = compiled(*inputs)
-        model.top_l[0].weight[0, 0] = float("nan")
+        assert block.values == 0
+        hidden = "top_l.0" if name == "dlrm" else "mlp.0"
+        model.get_submodule(hidden).weight[0, 0] = float("nan")
         assert compiled(*inputs).isfinite().all() and clean.isfinite().all()
-    assert {seen.layer: seen.values for seen in block.counts()}["top_l.0"] == 40
+    assert {seen.layer: seen.values for seen in block.counts()}[hidden] == 40
     block.remove()
     with pytest.raises(UsageError, match="compile it"):
         clipping.clip(compiled, bounds)

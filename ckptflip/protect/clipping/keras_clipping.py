@@ -92,8 +92,19 @@ class _Clipping:
         return keras.tree.map_structure(self._clipped, output)
 
     def _clipped(self, tensor: Any) -> Any:
-        if not _is_float(tensor):
+        if not _is_float(tensor) or isinstance(tensor, keras.KerasTensor):
             return tensor
+        ops = keras.ops
+        inside = ops.all(ops.logical_and(tensor >= self._bound.low, tensor <= self._bound.high))
+        # What is within bounds is only looked at. Comparisons with NaN are false.
+        made, found = ops.cond(
+            inside, lambda: (tensor, ops.zeros((), "int32")), lambda: self._replaced(tensor)
+        )
+        self._counter.add(found)
+        return made
+
+    def _replaced(self, tensor: Any) -> tuple[Any, Any]:
+        """The tensor within bounds, and how many of its values were not."""
         ops = keras.ops
         low, high, below, above, nan = (
             ops.cast(number, tensor.dtype)
@@ -101,10 +112,8 @@ class _Clipping:
         )
         too_low, too_high, odd = tensor < low, tensor > high, ops.isnan(tensor)
         made = ops.where(too_low, below, ops.where(too_high, above, tensor))
-        if not isinstance(tensor, keras.KerasTensor):
-            beyond = ops.logical_or(ops.logical_or(too_low, too_high), odd)
-            self._counter.add(ops.sum(ops.cast(beyond, "int32")))
-        return ops.where(odd, nan, made)
+        beyond = ops.logical_or(ops.logical_or(too_low, too_high), odd)
+        return ops.where(odd, nan, made), ops.sum(ops.cast(beyond, "int32"))
 
 
 def _layers(model: Any) -> dict[str, Any]:

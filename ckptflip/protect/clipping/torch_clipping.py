@@ -15,13 +15,25 @@ from ckptflip.live.torch_values import leaves
 from ckptflip.protect.clipping.bounds import Bound, Bounds, check_layers
 from ckptflip.protect.clipping.part import Clipped
 from ckptflip.protect.clipping.spread import Spread
+from ckptflip.protect.clipping.torch_forwards import Crosser, Forward, Gatherer, Hook, Rectifier, Scaler
 from ckptflip.protect.clipping.torch_places import kinds, linears, owned, places, plain, rectified
-from ckptflip.protect.clipping.torch_values import Clip, Gatherer, Hook, Rectifier
+from ckptflip.protect.clipping.torch_values import Clip
+from ckptflip.recsys.models.crossing import VectorCross
 from ckptflip.recsys.models.dlrm import Tables
+from ckptflip.recsys.models.fields import Scaled
+
+# What is clipped while it is made.
+_FORWARDS: dict[type, Callable[[Clip, Any], Callable[..., Any]]] = {
+    torch.nn.ReLU: Rectifier,
+    Tables: Gatherer,
+    Scaled: Scaler,
+    VectorCross: Crosser,
+}
+_FORMS = (Hook, Forward, Rectifier, Gatherer, Scaler, Crosser)
 
 
 def clip(model: Any, bounds: Bounds) -> Clipped:
-    """Clip the layers that the bounds name: by a hook each, or in the ReLU behind a layer."""
+    """Clip the layers that the bounds name: in their `forward`, in the ReLU behind a layer, or by a hook."""
     inner = plain(model)
     check_layers(bounds, kinds(inner))
     modules = dict(inner.named_modules(remove_duplicate=False))
@@ -69,21 +81,23 @@ def named(model: Any, layers: Wanted | None) -> list[Bound]:
 
 
 def _put(module: torch.nn.Module, clip: Clip, after: torch.nn.Module | None) -> Callable[[], object]:
-    """Clip a module by a hook, in the ReLU behind it, or within a list of tables; returns what undoes it."""
-    if after is None and type(module) is not Tables:
+    """Clip a module in its `forward`, in the ReLU behind it, or by a hook; returns what undoes it."""
+    if after is None and (module._forward_hooks or "forward" in module.__dict__):
         remove: Callable[[], object] = module.register_forward_hook(Hook(clip)).remove
         return remove
-    changed, forward = (module, Gatherer(clip, module)) if after is None else (after, Rectifier(clip, module))
-    changed.forward = forward
+    changed = module if after is None else after
+    changed.forward = _FORWARDS.get(type(changed), Forward)(clip, module)
     return lambda: changed.__dict__.pop("forward", None)
 
 
 def _check_bare(model: torch.nn.Module) -> None:
     """Raise UsageError where a model is clipped already."""
     for name, module in model.named_modules():
-        hooks = (*module._forward_hooks.values(), module.__dict__.get("forward"))
-        if any(isinstance(one, Hook | Rectifier | Gatherer) for one in hooks):
-            raise UsageError(f"the model is clipped already, in {name!r}: take that off first, with remove()")
+        for one in (*module._forward_hooks.values(), module.__dict__.get("forward")):
+            if isinstance(one, _FORMS):
+                raise UsageError(
+                    f"the model is clipped already, in {name!r}: take that off first, with remove()"
+                )
 
 
 def _unbound(one: Chosen) -> Bound:

@@ -5,15 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.compiler import is_compiling
 
 from ckptflip.live.torch_values import leaves, rebuilt
 from ckptflip.protect.clipping.bounds import Bound
 from ckptflip.protect.clipping.part import Seen
 from ckptflip.protect.native import kernels
-from ckptflip.recsys.models.dlrm import Tables
+from ckptflip.recsys.models.crossing import VectorCross
+from ckptflip.recsys.models.fields import Scaled
 
 # What the kernel does besides counting.
 _COUNT, _REPLACE, _RECTIFY = 0, 1, 2
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+# Values that a cache holds.
+_CACHED = 1 << 18
 
 
 class Clip:
@@ -35,13 +40,23 @@ class Clip:
         self._low, self._high = bound.low, bound.high
         self._below, self._above, self._nan = replacements
         self._numbers = (bound.low, bound.high, *replacements)
-        self._kernel = getattr(kernels(), "clip", None)
+        self._kernel: Any = getattr(kernels(), "clip", None)
+        self._stack, self._scale, self._cross = (
+            getattr(kernels(), name, None) for name in ("clip_stack", "clip_scale", "clip_cross")
+        )
         self._unseen: torch.Tensor | None = None
 
     def seen(self) -> Seen:
         """How often values were clipped."""
         fired, values = (0, 0) if self._unseen is None else self._unseen.tolist()
         return Seen(self.layer, self.calls, self.fired + fired, self.values + values)
+
+    def within(self, output: Any) -> Any:
+        """What one call of the layer gave, within bounds; tensors in tuples, dicts and lists too."""
+        self.calls += 1
+        if isinstance(output, torch.Tensor):
+            return self.clipped(output)
+        return rebuilt(output, {id(tensor): self.clipped(tensor) for _, tensor in leaves(output)})
 
     def clipped(self, output: torch.Tensor) -> torch.Tensor:
         """A layer's output within bounds: the tensor itself, in place if it may be, or another one."""
@@ -61,29 +76,83 @@ class Clip:
         found = None if output.requires_grad else self._by_kernel(output, _RECTIFY)
         if found is None:
             made = self.clipped(output)
-            return torch.relu(made) if made.requires_grad or torch.compiler.is_compiling() else made.relu_()
+            return torch.relu(made) if made.requires_grad or is_compiling() else made.relu_()
         if found:
             self._count(found)
         return output
 
+    def stacked(self, parts: list[torch.Tensor]) -> torch.Tensor:
+        """What several tables give, a float[n, columns] each, side by side: float[n, parts, columns]."""
+        first, size = parts[0], parts[0].numel()
+        # As many values as a cache holds are faster stacked by PyTorch, and looked at then.
+        if size * len(parts) > _CACHED and self._may_make(first) and first.dim() == 2:
+            addresses = tuple(
+                [
+                    part.data_ptr()
+                    for part in parts
+                    if part.dtype is torch.float32
+                    and part.is_contiguous()
+                    and part.is_cpu
+                    and part.numel() == size
+                    and type(part) is torch.Tensor
+                ]
+            )
+            if len(addresses) == len(parts):
+                made = first.new_empty((len(first), len(parts), first.shape[1]))
+                return self._made(self._stack, made, (addresses, *first.shape))
+        return self.clipped(torch.stack(parts, dim=1))
+
+    def scaled(self, layer: Scaled, dense: torch.Tensor) -> torch.Tensor:
+        """What vectors of dense features give: float[n, features, columns]."""
+        weight = layer.weight
+        if dense.dim() == 2 and dense.shape[1] == len(weight) and self._may_make(dense, weight):
+            made = dense.new_empty((len(dense), *weight.shape))
+            addresses = (dense.data_ptr(), weight.data_ptr(), len(dense))
+            return self._made(self._scale, made, (*addresses, *weight.shape))
+        return self.clipped(Scaled.forward(layer, dense))
+
+    def crossed(self, layer: VectorCross, start: torch.Tensor, crossed: torch.Tensor) -> torch.Tensor:
+        """What a cross layer gives: float[n, width]."""
+        if start.shape == crossed.shape and start.shape[1:] == layer.bias.shape:
+            factors = crossed @ layer.weight
+            if self._may_make(start, factors, layer.bias, crossed):
+                addresses = [part.data_ptr() for part in (start, factors, layer.bias, crossed)]
+                return self._made(self._cross, torch.empty_like(start), (*addresses, *start.shape))
+        return self.clipped(VectorCross.forward(layer, start, crossed))
+
+    def _may_make(self, *parts: torch.Tensor) -> bool:
+        """Whether a kernel may compute with tensors, which leaves no trace for gradients."""
+        return not torch.is_grad_enabled() and all(map(self._fits, parts))
+
+    def _made(self, kernel: Any, made: torch.Tensor, given: tuple[Any, ...]) -> torch.Tensor:
+        """A tensor that a kernel writes, within bounds."""
+        found = kernel(*given, made.data_ptr(), *self._numbers)
+        if found:
+            self._count(found)
+        return made
+
     def _by_kernel(self, output: torch.Tensor, task: int) -> int | None:
         """How many values were beyond the bounds; None where the kernel cannot be used."""
-        if (
-            self._kernel is None
-            or torch.compiler.is_compiling()
-            or type(output) is not torch.Tensor
-            or output.dtype is not torch.float32
-            or not output.is_cpu
-            or not output.is_contiguous()
-        ):
+        if not self._fits(output):
             return None
         found: int = self._kernel(output.data_ptr(), output.numel(), *self._numbers, task)
         return found
 
+    def _fits(self, tensor: torch.Tensor) -> bool:
+        """Whether the kernels can be used."""
+        return (
+            self._kernel is not None
+            and not is_compiling()
+            and type(tensor) in _PLAIN
+            and tensor.dtype is torch.float32
+            and tensor.is_cpu
+            and tensor.is_contiguous()
+        )
+
     def _by_torch(self, output: torch.Tensor) -> torch.Tensor:
         if not output.is_floating_point():
             return output
-        if torch.compiler.is_compiling() or not output.is_cpu:
+        if is_compiling() or not output.is_cpu:
             made, found = self._replaced(output, count=False)
             self._count_unseen(found)
             return made
@@ -118,63 +187,3 @@ class Clip:
         if self._unseen is None:
             self._unseen = torch.zeros(2, dtype=torch.int64, device=found.device)
         self._unseen += torch.stack([(found > 0).to(found.dtype), found])
-
-
-class Hook:
-    """A forward hook that clips what a layer gives; tensors in tuples, dicts and lists too."""
-
-    def __init__(self, clip: Clip) -> None:
-        self.clip = clip
-
-    def __call__(self, module: torch.nn.Module, given: Any, output: Any) -> Any:
-        """The output within bounds, or None where it is the same object."""
-        self.clip.calls += 1
-        if isinstance(output, torch.Tensor):
-            made = self.clip.clipped(output)
-            return None if made is output else made
-        changed = {id(tensor): self.clip.clipped(tensor) for _, tensor in leaves(output)}
-        return rebuilt(output, changed)
-
-
-class Rectifier:
-    """Takes the place of a ReLU's `forward`: clips what comes from the layer before it, then rectifies it.
-
-    Args:
-        clip: the bounds of the layer before the ReLU.
-        layer: that layer.
-    """
-
-    def __init__(self, clip: Clip, layer: torch.nn.Module) -> None:
-        self.clip, self._layer = clip, layer
-
-    def __call__(self, given: torch.Tensor) -> torch.Tensor:
-        """The ReLU of the layer's output within bounds; in place, unless a hook may have kept that."""
-        self.clip.calls += 1
-        return self.clip.rectified(given.clone() if self._layer._forward_hooks else given)
-
-
-class Gatherer:
-    """Takes the place of the `forward` of `Tables`: clips what each table gives while it is in the cache.
-
-    Args:
-        clip: the bounds that hold for all of them.
-        tables: the module.
-    """
-
-    # Values of all tables together that a cache holds until they are looked at in one go.
-    CACHED = 1 << 18
-
-    def __init__(self, clip: Clip, tables: Tables) -> None:
-        self.clip, self._tables = clip, tables
-
-    def __call__(self, ids: torch.Tensor) -> torch.Tensor:
-        """The rows out of all tables, within bounds: float[n, tables, columns]."""
-        clip, fired = self.clip, self.clip.fired
-        clip.calls += 1
-        rows, found = self._tables.each(ids), []
-        for first in rows:
-            if first.numel() * len(self._tables) <= self.CACHED:
-                return clip.clipped(torch.stack([first, *rows], dim=1))
-            found = [clip.clipped(first), *map(clip.clipped, rows)]
-        clip.fired = min(clip.fired, fired + 1)
-        return torch.stack(found, dim=1)

@@ -19,13 +19,17 @@ struct Output {
 template <int L, int R, int C>
 INLINE void product(Lanes<L> (&tile)[R][C], const float *x, std::int64_t stride, const float *panel,
                     std::int64_t width, std::int64_t inputs) {
-  for (std::int64_t l = 0; l < inputs; ++l) {
+  for (std::int64_t l = 0; l < inputs; ++l, panel += width) {
     Lanes<L> weights[C];
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) {
-      load<L>(weights[c], panel + l * width + c * L);
-      if (R <= 4) __builtin_prefetch(panel + (l + 16) * width + c * L);
+      load<L>(weights[c], panel + c * L);
+      if (R <= 4) __builtin_prefetch(panel + 16 * width + c * L);
     }
+#if defined(__GNUC__)
+    // Where it knows the address, GCC reads the weights anew for each of two or three rows.
+    __asm__("" : "+r"(panel));
+#endif
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const float factor = x[r * stride + l];

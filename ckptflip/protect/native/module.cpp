@@ -7,6 +7,9 @@ namespace ckptflip {
 
 // In clipping.cpp.
 PyObject *clip(PyObject *, Arguments, Py_ssize_t);
+PyObject *clip_stack(PyObject *, Arguments, Py_ssize_t);
+PyObject *clip_scale(PyObject *, Arguments, Py_ssize_t);
+PyObject *clip_cross(PyObject *, Arguments, Py_ssize_t);
 
 // In embedding_bag.cpp.
 PyObject *embedding_bag(PyObject *, Arguments, Py_ssize_t);
@@ -40,6 +43,9 @@ PyObject *name_of_isa(PyObject *, PyObject *) {
 PyMethodDef methods[] = {
     {"isa", name_of_isa, METH_NOARGS, "The instructions in use: avx512, avx2 or generic."},
     {"clip", fast(clip), METH_FASTCALL, "How many values lie beyond bounds; they are replaced if told."},
+    {"clip_stack", fast(clip_stack), METH_FASTCALL, "Rows of several tables side by side, clipped; as clip."},
+    {"clip_scale", fast(clip_scale), METH_FASTCALL, "Features times their vectors, clipped; as clip."},
+    {"clip_cross", fast(clip_cross), METH_FASTCALL, "A cross layer of a vector, clipped; as clip."},
     {"gemm_codes", fast(gemm_codes), METH_FASTCALL, "Floats to codes of 8 bits, and the sum of each row's codes."},
     {"gemm_plan", fast(gemm_plan), METH_FASTCALL, "What does not change from call to call of gemm_rows."},
     {"gemm_rows", fast(gemm_rows), METH_FASTCALL, "Checks and writes rows of an int8 product; None, or verdicts."},
