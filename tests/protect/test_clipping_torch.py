@@ -388,6 +388,8 @@ def test_bad_input_is_said(inputs):
         clipping.calibrate(model, [inputs], layers="bot_l.00")
     with pytest.raises(UsageError, match="another model"):
         clipping.clip(made("deepfm"), bounds)
+    with pytest.raises(UsageError, match=r"no layer 'emb_l'; there are none$"):
+        clipping.clip(nn.Linear(1, 1), bounds)
     with pytest.raises(UsageError, match="was a Linear"):
         clipping.clip(nn.Sequential(nn.ReLU()), clipping.fixed(nn.Sequential(nn.Linear(1, 1)), layers="0"))
     with clipping.clipped(model, bounds), pytest.raises(UsageError, match="clipped already"):

@@ -120,7 +120,7 @@ def test_sums_of_a_row_may_leave_32_bits(scheme):
     checked.run(x)
     assert checked.verdict is None
     checked.between = lambda rows: rows[0, 5].add_(1)
-    with pytest.raises(DetectedError, match="row 0"):
+    with pytest.raises(DetectedError, match="row 0 of the product does not match its checksum"):
         checked.run(x)
 
 
@@ -215,7 +215,10 @@ def test_every_flip_of_an_accumulator_is_found_in_its_row(shape, check, seed, bi
 def test_what_is_no_integer_is_a_fault(check, bad):
     checked = Checked(pack(Quantised(codes((3, 9), 1), torch.ones(1)), scheme=check[0], placement=check[1]))
     checked.between = lambda rows: rows[1].fill_(bad)
-    with pytest.raises(DetectedError, match="row 1"):
+    with pytest.raises(DetectedError, match="row 1 of the product does not match its checksum"):
+        checked.run(inputs(3, 9, 2))
+    checked.between = lambda rows: rows[1:].fill_(bad)
+    with pytest.raises(DetectedError, match=r"2 rows \(1, 2\) of the product do not match their checksums"):
         checked.run(inputs(3, 9, 2))
 
 

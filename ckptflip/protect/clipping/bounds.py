@@ -173,7 +173,7 @@ def check_layers(bounds: Bounds, kinds: dict[str, str]) -> None:
 
 
 def unknown(name: str, known: Iterable[str], said: str) -> str:
-    listed = list(known)
+    listed = [each for each in known if each]  # a model that is a layer itself has it under no name
     near = difflib.get_close_matches(name, listed, 1)
     some = ", ".join(listed[:4]) + (" …" if len(listed) > 4 else "")
     hint = f"did you mean {near[0]!r}?" if near else f"there are {some}" if listed else "there are none"

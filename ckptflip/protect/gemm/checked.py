@@ -117,8 +117,8 @@ class Checked:
     def _fitting(self, x: torch.Tensor) -> torch.Tensor:
         if x.dtype is not torch.uint8 or x.dim() != 2 or x.shape[1] != self.inputs:
             raise UsageError(
-                f"{self.name} takes codes of 8 bits (uint8) of shape (m, {self.inputs}), not {x.dtype} of "
-                f"{tuple(x.shape)}"
+                f"layer {self.name} takes codes of 8 bits (uint8) of shape (m, {self.inputs}), not {x.dtype} "
+                f"of {tuple(x.shape)}"
             )
         return x.contiguous()
 

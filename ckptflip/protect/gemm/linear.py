@@ -89,7 +89,7 @@ class _Protected(torch.nn.Module):  # type: ignore[misc]
             if all(a is b or torch.equal(a, b) for a, b in pairs):
                 return
         raise DetectedError(
-            f"{self.checked.name}: its numbers in memory changed since it was made: load them again"
+            f"layer {self.checked.name}: its numbers in memory changed since it was made: load them again"
         )
 
     @property
@@ -104,14 +104,14 @@ class _Protected(torch.nn.Module):  # type: ignore[misc]
 
     def _refuse_other(self, x: torch.Tensor) -> None:
         raise UsageError(
-            f"{self.checked.name} takes floats or codes of shape (…, {self.in_features}), not {x.dtype} of "
-            f"{tuple(x.shape)}"
+            f"layer {self.checked.name} takes floats or codes of shape (…, {self.in_features}), not "
+            f"{x.dtype} of {tuple(x.shape)}"
         )
 
     def _refuse_scale(self, scale: float) -> None:
         raise UsageError(
-            f"{self.checked.name}: codes of the input are {scale:.2g} apart, and results of such numbers may "
-            f"leave float32: at most {self._largest_scale:.2g} is taken here. Scale the input down"
+            f"layer {self.checked.name}: codes of the input are {scale:.2g} apart, and results of such "
+            f"numbers may leave float32: at most {self._largest_scale:.2g} is taken here. Scale it down"
         )
 
     def _outside(self, x: torch.Tensor) -> torch.Tensor:

@@ -64,13 +64,13 @@ def _refuse(checked: Checked, verdicts: torch.Tensor) -> None:
     """Raise where nothing can be done here, or nothing should."""
     if bool((verdicts == INPUT).any()):
         raise DetectedError(
-            f"{checked.name}: the input of {_named(verdicts == INPUT)} changed after it was made: run the "
-            "layers before it again"
+            f"layer {checked.name}: the input of {_named(verdicts == INPUT)} changed after it was made: run "
+            "the layers before it again"
         )
     if checked.on_error == "raise":
         raise DetectedError(
-            f"{checked.name}: {_named(verdicts != HOLDS)} of the product does not match its checksum: run it "
-            "again, and load the weights anew if it comes back (on_error='recompute' does both by itself)"
+            f"layer {checked.name}: {_unmatched(verdicts != HOLDS)}: run it again, and load the "
+            "weights anew if it comes back (on_error='recompute' does both by itself)"
         )
 
 
@@ -79,6 +79,11 @@ def _named(bad: torch.Tensor) -> str:
     if len(rows) == 1:
         return f"row {rows[0]}"
     return f"{len(rows)} rows ({', '.join(map(str, rows[:5]))}{', …' if len(rows) > 5 else ''})"
+
+
+def _unmatched(bad: torch.Tensor) -> str:
+    fits = "does not match its checksum" if int(bad.sum()) == 1 else "do not match their checksums"
+    return f"{_named(bad)} of the product {fits}"
 
 
 def _write(checked: Checked, call: Call, which: torch.Tensor, rows: torch.Tensor) -> None:
@@ -132,8 +137,8 @@ def _anew(checked: Checked, call: Call, bad: torch.Tensor) -> None:
             checked.seen.recomputed += 1
             return
     raise DetectedError(
-        f"{checked.name}: {_named(bad)} of the product does not match its checksum, also after the weight "
-        "was packed anew: load the checkpoint again"
+        f"layer {checked.name}: {_unmatched(bad)}, also after the weight was packed anew: load the "
+        "checkpoint again"
     )
 
 
@@ -142,7 +147,8 @@ def _repack(checked: Checked) -> None:
     packed = checked.packed
     if not torch.equal(row_sums(packed.layer.weight), packed.sums):
         raise DetectedError(
-            f"{checked.name}: the codes of the weight do not match their checksum: load the checkpoint again"
+            f"layer {checked.name}: the codes of the weight do not match their checksum: load the checkpoint "
+            "again"
         )
     checked.packed = pack(packed.layer, scheme=packed.scheme, placement=packed.placement)
 
