@@ -39,8 +39,10 @@ def command(
     """Give every damaged byte of CKPT back what it was when it was sealed, proven by its digest.
 
     A checkpoint of several files is written into a folder. Lists what was damaged. Exit code 0 when every
-    sealed byte is what it was, 3 when some cannot be mended: they are listed, and nothing is written without
-    --partial. Extra files are left where they are. Changes that were meant are undone like any others.
+    sealed byte is what it was: OUTPUT is there then, as a copy where nothing was damaged; without -o nothing
+    is written in that case. Exit code 3 when some bytes cannot be mended: they are listed, and nothing is
+    written without --partial. Damage to the seal alone is told, and changes no exit code. Extra files are
+    left where they are. Changes that were meant are undone like any others.
     """
     from ckptflip.cli.output import emit, many, say
     from ckptflip.protect.seals import repair
@@ -52,11 +54,16 @@ def command(
         )  # fmt: skip
     if done.found.damage or form != "table":
         emit([row(d) for d in done.found.damage], COLUMNS, form)
-    if done.out is not None:
+    kinds = {d.what for d in done.found.damage}
+    if done.out is not None and kinds <= {"seal", "extra"}:
+        say(f"{done.out}: a copy; {ckpt} is as it was sealed")
+    elif done.out is not None:
         say(f"{done.out}: {many(done.mended, 'block')} mended, proven by digest")
     elif done.whole:
         say(f"{ckpt} is as it was sealed; nothing was written")
     if done.left:
         wrote = "" if done.out is not None else "; nothing was written (--partial mends the rest)"
         say(f"{many(done.left, 'block')} cannot be mended{wrote}. Take the checkpoint from a copy")
+    if "seal" in kinds:
+        say(f"{done.found.seal} itself is damaged: seal what is right now again (ckptflip seal --overwrite)")
     ctx.exit(0 if done.whole else 3)

@@ -21,6 +21,7 @@ from ckptflip.errors import CheckpointError, DamagedCheckpointError, SealError, 
 from ckptflip.protect.seals import code, sidecar, verified
 from ckptflip.protect.seals.cuts import MOST_BLOCKS, block_for, cut
 from ckptflip.protect.seals.sealing import groups_for
+from ckptflip.protect.seals.verifying import summary
 
 BLOCK = 4096
 
@@ -395,6 +396,35 @@ class TestFiles:
         done = ckptflip.repair(original)
         assert (done.whole, done.out, done.mended) == (True, None, 0)
         assert not (tmp_path / "c.repaired").exists()
+        assert ckptflip.repair(original, in_place=True).out is None
+
+    @pytest.mark.parametrize("hurt", [False, True], ids=["whole", "seal damaged"])
+    def test_an_output_is_there_whenever_every_byte_is_right(self, tmp_path: Path, hurt: bool) -> None:
+        original = folder_of(tmp_path / "c", [3 * BLOCK, 0, 100])
+        before = contents(original)
+        sealed = ckptflip.seal(original)
+        if hurt:
+            flip(sealed.path, [8 * 300])
+        done = ckptflip.repair(original, out=tmp_path / "copy")
+        assert (done.whole, done.out, done.mended, done.left) == (True, tmp_path / "copy", 0, 0)
+        assert [d.what for d in done.found.damage] == ["seal"] * hurt
+        assert contents(tmp_path / "copy") == before == contents(original)
+        with pytest.raises(UsageError, match="exists"):
+            ckptflip.repair(original, out=tmp_path / "copy")
+
+    def test_a_bit_is_that_of_an_element_or_none(self, tmp_path: Path) -> None:
+        path = tmp_path / "a.npz"
+        np.savez(path, w=np.ones(9, np.float32))
+        ckptflip.seal(path)
+        crc = 14  # of the zip's first local header
+        data = path.read_bytes().index(np.ones(9, np.float32).tobytes())
+        flip(path, [8 * crc + 5])
+        (alone,) = ckptflip.verify(path).damage
+        assert (alone.bit, alone.tensor) == (None, "") and alone.part.startswith("bit 5 of the byte")
+        flip(path, [8 * data + 30])
+        for found in (ckptflip.verify(path), ckptflip.repair(path, in_place=True).found):
+            assert [(d.tensor, d.element, d.bit) for d in found.damage] == [("", None, None), ("w", 0, 30)]
+            assert summary(found) == f"{path} is damaged: bit 30 of element 0 of w and 1 more"
 
     def test_a_seal_is_not_replaced_by_chance(self, tmp_path: Path) -> None:
         original = folder_of(tmp_path / "c", [100])
@@ -442,10 +472,11 @@ class TestFiles:
         assert found.unnamed and {d.tensor for d in found.damage} == {""}
         done = ckptflip.repair(path)
         assert done.whole and done.out == tmp_path / "a.repaired.npy"
-        assert [(d.start, d.tensor, d.element) for d in done.found.damage] == [
-            (1, "", None),
-            (131, "array", 0),
-        ]
+        for each in (done, ckptflip.repair(path, in_place=True)):
+            assert [(d.start, d.tensor, d.element, d.bit) for d in each.found.damage] == [
+                (1, "", None, None),
+                (131, "array", 0, 30),
+            ]
 
 
 class _Killed(BaseException):
@@ -514,6 +545,22 @@ class TestCommands:
         assert run(["seal", str(path), "--repair=300%", "--overwrite"]) == 2
         assert run(["seal", str(tmp_path / "none.npy")]) == 1
         assert run(["repair", str(path), "-o", "x.npy", "--in-place"]) == 2
+
+    def test_a_script_can_go_on_with_the_output(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        path, out = tmp_path / "w.npz", tmp_path / "out.npz"
+        np.savez(path, w=np.zeros(5000, np.float32))
+        sealed = ckptflip.seal(path)
+        assert run(["repair", str(path), "-o", str(out)]) == 0
+        assert out.read_bytes() == path.read_bytes()
+        assert f"{out}: a copy; {path} is as it was sealed" in capsys.readouterr().err
+        assert run(["repair", str(path)]) == 0
+        assert "nothing was written" in capsys.readouterr().err
+        flip(sealed.path, [8 * 100])
+        assert run(["repair", str(path), "-o", str(out), "--overwrite"]) == 0
+        said = capsys.readouterr().err
+        assert f"{out}: a copy" in said and f"{sealed.path} itself is damaged" in said
 
     def test_exit_code_when_it_cannot_be_mended(self, tmp_path: Path) -> None:
         path = tmp_path / "w.npy"

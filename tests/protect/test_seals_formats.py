@@ -65,6 +65,8 @@ def test_verify_names_what_inject_did_and_repair_undoes_it(checkpoint: Path, pro
     else:
         assert found.damage
     done = ckptflip.repair(checkpoint, in_place=True, partial=True)
+    if probe.patched:
+        assert done.found.damage == found.damage and not done.found.unnamed
     if done.whole:
         Path(record.path).unlink()
         sealed.path.unlink()

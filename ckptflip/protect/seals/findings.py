@@ -35,9 +35,10 @@ class Damage(Struct, frozen=True, kw_only=True):
         tensor: that lies there; "" where none does, or that is not known.
         element: flat index, for a flip.
         index: the same along each axis.
-        bit: of the element, 0 the least significant; for a flip outside of tensors, of the byte.
+        bit: of the element, 0 the least significant; None where no element is named.
         bits: how many bits differ; None where that is not known.
-        part: of the file, where the tensor lies coded, or what else there is to say.
+        part: of the file, where the tensor lies coded, or what else there is to say; for a flip that is in no
+            element, which bit of the byte it is.
         mendable: whether the seal can give the bytes back.
     """
 
@@ -129,8 +130,8 @@ class Findings:
         return rows + [
             Damage(
                 what="flip", file=self._name(file), start=b.at >> 3, end=(b.at >> 3) + 1, tensor=b.tensor,
-                element=b.element, index=b.index, bit=b.bit if b.bit is not None else b.at & 7, bits=1,
-                part=b.part, mendable=True,
+                element=b.element, index=b.index, bit=b.bit, bits=1,
+                part=b.part if b.bit is not None else _of_byte(b.at, b.part), mendable=True,
             )
             for b in named
             if b.tensor
@@ -139,15 +140,14 @@ class Findings:
     def _outside(self, file: int, names: Names, bits: Sequence[int]) -> Damage:
         """Neighbouring flips that are in no tensor: of a header, an index, a checksum."""
         start, end = bits[0] >> 3, (bits[-1] >> 3) + 1
-        one = len(bits) == 1
+        one, part = len(bits) == 1, names.other(file, start, end)
         return Damage(
             what="flip" if one else "changed",
             file=self._name(file),
             start=start,
             end=end,
-            bit=bits[0] & 7 if one else None,
             bits=len(bits),
-            part=names.other(file, start, end),
+            part=_of_byte(bits[0], part) if one else part,
             mendable=True,
         )
 
@@ -183,6 +183,11 @@ class Findings:
         header = self._found.seal.header
         # A file on its own may have been renamed since.
         return self._found.paths[0].name if header.kind == "file" else header.files[file][0]
+
+
+def _of_byte(at: int, part: str) -> str:
+    """Which bit of its byte a flip is, and where."""
+    return f"bit {at & 7} of the byte" + (f": {part}" if part else "")
 
 
 def _joined(ranges: Sequence[_Range]) -> list[_Range]:

@@ -31,7 +31,7 @@ class Repaired(Struct, frozen=True):
     """What was repaired.
 
     Attributes:
-        out: the mended checkpoint; None where nothing was written.
+        out: the mended checkpoint, or the copy of one that was whole; None where nothing was written.
         found: the damage before, named by the mended checkpoint where there is one.
         mended: cells that were given their bytes back.
         left: cells that could not be.
@@ -58,9 +58,10 @@ def repair(
 ) -> Repaired:
     """Give every damaged byte of a checkpoint back what it was when it was sealed.
 
-    Nothing is written where some bytes cannot be told, unless `partial`. A new checkpoint is read once more
-    against the seal before it gets its name. In place, only damaged blocks are written, each with bytes that
-    its digest proves: a kill at any moment leaves no more damage than there was, and repair can be run again.
+    Nothing is written where some bytes cannot be told, unless `partial`. Where nothing was damaged, `out` is
+    a copy; without `out` nothing is written. A new checkpoint is read once more against the seal before it
+    gets its name. In place, only damaged blocks are written, each with bytes that its digest proves: a kill
+    at any moment leaves no more damage than there was, and repair can be run again.
 
     Args:
         checkpoint: as it was named when it was sealed, or its seal.
@@ -93,14 +94,15 @@ def repair(
         found = checked(read, path, threads, progress)
         findings, cells = _all(found)
         left = len(findings.unmended)
-        if found.whole or (left and not partial):
+        if (found.whole and out is None) or (left and not partial):
             return Repaired(None, verdict(found, path, findings), 0, left, found.whole)
         if target is None:
             _check_links(paths, root)
             _in_place(found, cells)
         else:
             _to_new(found, cells, target, findings.unmended, threads, overwrite=overwrite)
-        shown = verdict(found, path, findings, _shown(found, path, target))
+    # The lock that writing takes would keep the names from being read.
+    shown = verdict(found, path, findings, _shown(found, path, target))
     return Repaired(target or path, shown, len(found.bad) - left, left, not left)
 
 

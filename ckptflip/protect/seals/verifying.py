@@ -170,7 +170,8 @@ def summary(found: Verdict) -> str:
     if found.intact:
         files = f" in {found.files} files" if found.files > 1 else ""
         return f"{found.checkpoint} is as it was sealed: {found.bytes} bytes{files}"
-    first = found.damage[0]
+    # An element says more than the header or the checksum that may lie before it.
+    first = next((d for d in found.damage if d.element is not None), found.damage[0])
     own = all(d.what == "seal" for d in found.damage)
     where = f"{found.seal} itself" if own else f"{found.checkpoint}"
     more = f" and {len(found.damage) - 1} more" if len(found.damage) > 1 else ""
