@@ -372,6 +372,29 @@ class TestFiles:
         assert contents(original) == before | {"new.bin": b""}
         assert [d.what for d in ckptflip.verify(original).damage] == ["extra"]
 
+    def test_a_missing_folder_is_made_again_in_place(self, tmp_path: Path) -> None:
+        original = folder_of(tmp_path / "c", [9000, 100])
+        (original / "top.bin").write_bytes(b"there")
+        before = contents(original)
+        ckptflip.seal(original, repair=1.0)
+        shutil.rmtree(original / "part")
+        (original / "part").write_bytes(b"no folder")
+        with pytest.raises(CheckpointError, match="with -o"):
+            ckptflip.repair(original, in_place=True)
+        (original / "part").unlink()
+        assert ckptflip.repair(original, in_place=True).whole
+        assert contents(original) == before and ckptflip.verify(original).intact
+
+    def test_an_output_does_not_replace_the_seal(self, tmp_path: Path) -> None:
+        path = tmp_path / "w.npy"
+        np.save(path, np.zeros(9))
+        sealed = ckptflip.seal(path)
+        flip(path, [8 * 130])
+        kept = sealed.path.read_bytes()
+        with pytest.raises(UsageError, match="the seal that"):
+            ckptflip.repair(path, out=sealed.path, overwrite=True)
+        assert sealed.path.read_bytes() == kept
+
     def test_zeros_beyond_the_end_are_not_there(self, tmp_path: Path) -> None:
         original = tmp_path / "c"
         original.mkdir()

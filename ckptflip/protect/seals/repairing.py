@@ -85,7 +85,7 @@ def repair(
     path, read = opened_seal(Path(checkpoint), seal)
     target = None if in_place else Path(out) if out is not None else _default(path, read.header.kind)
     if target is not None:
-        _check_new(target, path, overwrite=overwrite, folder=read.header.kind != "file")
+        _check_new(target, path, read.path, overwrite=overwrite, folder=read.header.kind != "file")
     paths, root = paths_of(read.header, path)
     with ExitStack() as held:
         for file in paths[:_MOST_LOCKS]:
@@ -127,6 +127,14 @@ def _all(found: Checked) -> tuple[Findings, Callable[[], Iterable[Cell]]]:
 def _in_place(found: Checked, cells: Callable[[], Iterable[Cell]]) -> None:
     """Write mended cells into the files themselves; files that are missing appear whole."""
     missing = found.missing
+    for folder in {found.paths[i].parent for i in missing}:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as why:
+            raise CheckpointError(
+                f"{folder}, a folder of missing files, cannot be made: {why.strerror}. Write a new "
+                "checkpoint with -o"
+            ) from None
     with (
         files.new_files([found.paths[i] for i in missing], overwrite=False) if missing else _nothing() as made
     ):
@@ -236,7 +244,9 @@ def _default(path: Path, kind: str) -> Path:
     return path.with_name(f"{path.name}.repaired")
 
 
-def _check_new(target: Path, source: Path, *, overwrite: bool, folder: bool) -> None:
+def _check_new(target: Path, source: Path, seal: Path, *, overwrite: bool, folder: bool) -> None:
+    if seal.resolve().is_relative_to(target.resolve()):
+        raise UsageError(f"{target} is, or holds, the seal that the checkpoint is repaired by; name another")
     container.check_new(target, overwrite=overwrite, folder=folder)
     wished, own = target.resolve(), source.resolve()
     if wished == own or (folder and (wished.is_relative_to(own) or own.is_relative_to(wished))):
