@@ -279,6 +279,38 @@ def test_a_sequential_does_layer_and_relu_at_once_only_where_nothing_looks_betwe
     assert forward_of(model) == ["Forward", "NoneType", "Forward", "NoneType"]
 
 
+@pytest.mark.parametrize("part", [slice(1, None), slice(1, 3), 1])
+def test_part_of_a_sequential_leaves_its_input_alone(part):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 64), nn.ReLU(), nn.Linear(64, 2))
+    x = torch.rand(8, 2)
+    with torch.no_grad():
+        hidden = model[0](x)
+        wanted, kept = model[part](hidden), hidden.clone()
+        with clipping.clipped(model, clipping.calibrate(model, [x])) as block:
+            for given in (hidden, model[0](x)):
+                assert torch.equal(model[part](given), wanted)
+                assert torch.equal(given, kept) and (kept < 0).any()
+            model(x)
+            assert torch.equal(model[part](hidden), wanted) and torch.equal(hidden, kept)
+    assert block.counts()[0].calls == 4
+    assert all("forward" not in module.__dict__ for module in model.modules())
+
+
+def test_a_sequential_rectifies_in_place_what_its_layer_gave(monkeypatch):
+    model, x, places = nn.Sequential(nn.Linear(2, 64), nn.ReLU()), torch.rand(8, 2), []
+
+    def noting(self, input):
+        places.append(torch.nn.functional.linear(input, self.weight, self.bias))
+        return places[-1]
+
+    monkeypatch.setattr(nn.Linear, "forward", noting)
+    with torch.no_grad(), clipping.clipped(model, clipping.calibrate(model, [x])):
+        assert model(x).data_ptr() == places[-1].data_ptr()
+        model[1].register_forward_pre_hook(lambda module, given: None)
+        assert model(x).data_ptr() != places[-1].data_ptr()
+
+
 @pytest.mark.parametrize(("name", "layer"), [("dlrm", "emb_l"), ("dcn", "cross_l.0"), ("deepfm", "dense_l")])
 def test_hooks_that_were_there_act_before_clipping_and_others_after(name, layer, inputs):
     model = made(name)

@@ -15,7 +15,15 @@ from ckptflip.live.torch_values import leaves
 from ckptflip.protect.clipping.bounds import Bound, Bounds, check_layers
 from ckptflip.protect.clipping.part import Clipped
 from ckptflip.protect.clipping.spread import Spread
-from ckptflip.protect.clipping.torch_forwards import Crosser, Forward, Gatherer, Hook, Rectifier, Scaler
+from ckptflip.protect.clipping.torch_forwards import (
+    Chain,
+    Crosser,
+    Forward,
+    Gatherer,
+    Hook,
+    Rectifier,
+    Scaler,
+)
 from ckptflip.protect.clipping.torch_places import kinds, linears, owned, places, plain, rectified
 from ckptflip.protect.clipping.torch_values import Clip
 from ckptflip.recsys.models.crossing import VectorCross
@@ -29,7 +37,7 @@ _FORWARDS: dict[type, Callable[[Clip, Any], Callable[..., Any]]] = {
     Scaled: Scaler,
     VectorCross: Crosser,
 }
-_FORMS = (Hook, Forward, Rectifier, Gatherer, Scaler, Crosser)
+_FORMS = (Hook, Forward, Rectifier, Chain, Gatherer, Scaler, Crosser)
 
 
 def clip(model: Any, bounds: Bounds) -> Clipped:
@@ -44,7 +52,10 @@ def clip(model: Any, bounds: Bounds) -> Clipped:
     clips, undo = [], []
     for bound, module in zip(bounds.layers, named, strict=True):
         clips.append(Clip(bound, bounds.replacements(bound), own[id(module)]))
-        undo.append(_put(module, clips[-1], behind.get(id(module))))
+        _, after = behind.get(id(module), (None, None))
+        undo.append(_put(module, clips[-1], after))
+    for owner in {id(owner): owner for owner, _ in behind.values()}.values():
+        undo.append(_placed(owner, Chain(owner)))
     return Clipped(bounds, [made.seen for made in clips], undo)
 
 
@@ -86,8 +97,13 @@ def _put(module: torch.nn.Module, clip: Clip, after: torch.nn.Module | None) -> 
         remove: Callable[[], object] = module.register_forward_hook(Hook(clip)).remove
         return remove
     changed = module if after is None else after
-    changed.forward = _FORWARDS.get(type(changed), Forward)(clip, module)
-    return lambda: changed.__dict__.pop("forward", None)
+    return _placed(changed, _FORWARDS.get(type(changed), Forward)(clip, module))
+
+
+def _placed(module: torch.nn.Module, forward: Callable[..., Any]) -> Callable[[], object]:
+    """Put another `forward` on a module; returns what undoes it."""
+    module.forward = forward
+    return lambda: module.__dict__.pop("forward", None)
 
 
 def _check_bare(model: torch.nn.Module) -> None:

@@ -6,6 +6,7 @@ import inspect
 from typing import Any
 
 import torch
+from torch.compiler import is_compiling
 
 from ckptflip.protect.clipping.torch_values import Clip
 from ckptflip.recsys.models.crossing import VectorCross
@@ -51,15 +52,54 @@ class Rectifier:
     Args:
         clip: the bounds of the layer before the ReLU.
         layer: that layer.
+
+    Attributes:
+        spare: a tensor that nobody else has, and that may be altered where it is; or None.
     """
 
     def __init__(self, clip: Clip, layer: torch.nn.Module) -> None:
-        self.clip, self._layer = clip, layer
+        self.clip, self.layer = clip, layer
+        self.spare: torch.Tensor | None = None
 
     def __call__(self, given: torch.Tensor) -> torch.Tensor:
-        """The ReLU of the layer's output within bounds; in place, unless a hook may have kept that."""
+        """The ReLU of the layer's output within bounds; in place if it is to spare."""
         self.clip.calls += 1
-        return self.clip.rectified(given.clone() if self._layer._forward_hooks else given)
+        if given is self.spare:
+            self.spare = None
+            return self.clip.rectified(given)
+        return self.clip.rectified(given.clone())
+
+
+class Chain:
+    """Takes the place of a `Sequential`'s `forward`: tells a `Rectifier` that its layer's output is to spare.
+
+    Called by itself, or in a slice of the `Sequential`, a ReLU is given what its caller may need.
+
+    Args:
+        chain: the module.
+    """
+
+    def __init__(self, chain: torch.nn.Sequential) -> None:
+        self._chain = chain
+
+    def __call__(self, input: Any) -> Any:
+        """What the modules give, one after the other."""
+        if is_compiling():
+            for module in self._chain:
+                input = module(input)
+            return input
+        before = None
+        for module in self._chain._modules.values():
+            after = module.__dict__.get("forward")
+            if (
+                type(after) is Rectifier
+                and after.layer is before
+                and not (before._forward_hooks or module._forward_pre_hooks)
+            ):
+                after.spare = input
+            input = module(input)
+            before = module
+        return input
 
 
 class Gatherer:

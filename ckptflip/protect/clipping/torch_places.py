@@ -53,7 +53,9 @@ def places(model: torch.nn.Module, layers: Wanted | None) -> list[Chosen]:
     return found
 
 
-def rectified(model: torch.nn.Module, taken: Iterable[torch.nn.Module]) -> dict[int, torch.nn.ReLU]:
+def rectified(
+    model: torch.nn.Module, taken: Iterable[torch.nn.Module]
+) -> dict[int, tuple[torch.nn.Sequential, torch.nn.ReLU]]:
     """Layers whose output goes into a ReLU and nowhere else, so that both can be done at once.
 
     So it is in a `torch.nn.Sequential`, as long as it is called as a whole.
@@ -63,17 +65,17 @@ def rectified(model: torch.nn.Module, taken: Iterable[torch.nn.Module]) -> dict[
         taken: the layers in question.
 
     Returns:
-        The ReLU behind a layer, by the layer's `id`.
+        The `Sequential` and the ReLU behind a layer, by the layer's `id`.
     """
     wanted = {id(module) for module in taken}
-    owners = [m for m in model.modules() if type(m) is torch.nn.Sequential]
+    owners = [m for m in model.modules() if type(m) is torch.nn.Sequential and "forward" not in m.__dict__]
     uses = Counter(id(part) for m in model.modules() for part in m._modules.values())
     found = {}
     for owner in owners:
         for layer, after in pairwise(owner):
             once = uses[id(layer)] == uses[id(after)] == 1
             if id(layer) in wanted and once and type(after) is torch.nn.ReLU and not _watched(layer, after):
-                found[id(layer)] = after
+                found[id(layer)] = (owner, after)
     return found
 
 
