@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from ckptflip.protect.clipping.torch_forwards import (
 )
 from ckptflip.protect.clipping.torch_places import kinds, linears, owned, places, plain, rectified
 from ckptflip.protect.clipping.torch_values import Clip
+from ckptflip.protect.evaluation import called, evaluating
 from ckptflip.recsys.models.crossing import VectorCross
 from ckptflip.recsys.models.dlrm import Tables
 from ckptflip.recsys.models.fields import Scaled
@@ -76,9 +76,9 @@ def spreads(model: Any, batches: Iterable[Any], layers: Wanted | None) -> dict[B
     found = {one.name: Spread() for one in chosen}
     handles = [one.module.register_forward_hook(_observer(found[one.name])) for one in chosen]
     try:
-        with _evaluating(inner), torch.no_grad():
+        with evaluating(inner):
             for batch in batches:
-                _call(inner, batch)
+                called(inner, batch)
     finally:
         for handle in handles:
             handle.remove()
@@ -128,24 +128,3 @@ def _observer(spread: Spread) -> Callable[[torch.nn.Module, Any, Any], None]:
                 spread.add(tensor.detach().to("cpu", wide).numpy())
 
     return look
-
-
-@contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode, and each module's own one again."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-def _call(model: torch.nn.Module, batch: Any) -> None:
-    if isinstance(batch, Mapping):
-        model(**batch)
-    elif isinstance(batch, tuple | list):
-        model(*batch)
-    else:
-        model(batch)

@@ -12,6 +12,7 @@ import torch
 
 from ckptflip.errors import UsageError
 from ckptflip.protect.detection import Detections, policy
+from ckptflip.protect.evaluation import evaluating
 from ckptflip.protect.intensity.calibration import BUCKETS, bucket
 from ckptflip.protect.intensity.choice import Choice, cheapest
 from ckptflip.protect.intensity.confirming import batch_of, better, builder
@@ -196,19 +197,15 @@ def _called(
 
         return noted
 
-    training = [module for module in model.modules() if module.training]
     # No hooks: modules with fast paths of their own look for them, and call their layers then.
     for name, layer in layers.items():
         layer.forward = noting(name, layer.forward)
     try:
-        model.eval()
-        with torch.no_grad():
+        with evaluating(model):
             model(*arguments)
     finally:
         for layer in layers.values():
             del layer.forward
-        for module in training:
-            module.training = True
     return seen
 
 
