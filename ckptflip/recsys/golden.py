@@ -18,6 +18,7 @@ except ImportError as error:
 from ckptflip.recsys import measures
 from ckptflip.recsys.models.configurations import Dummy
 from ckptflip.recsys.models.dlrm import dummy
+from ckptflip.recsys.workloads import probabilities
 from ckptflip.training.pytorch import TorchWorkload
 
 # Keeps these numbers apart from other streams of the same seed.
@@ -114,7 +115,7 @@ def measured(outputs: torch.Tensor, golden: torch.Tensor) -> dict[str, float]:
     """
     middle = golden.double().median()
     labels = golden.double() > middle
-    found = measures.evaluate(labels.cpu().numpy(), outputs.sigmoid().double().cpu().numpy())
+    found = measures.evaluate(labels.cpu().numpy(), probabilities(outputs))
     names = ("loss", "auc", "auc_se", "ne", "calibration", "ece", "unscored")
     values = {name: getattr(found, name) for name in names}
     off = (outputs.double().sigmoid() - golden.double().sigmoid()).abs().nan_to_num(nan=1.0)

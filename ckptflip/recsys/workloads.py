@@ -21,6 +21,7 @@ from ckptflip.recsys.models.configurations import Configuration, Dummy, configur
 
 if TYPE_CHECKING:
     import torch
+    from numpy.typing import NDArray
 
     from ckptflip.recsys.data.logs import ClickLog
     from ckptflip.recsys.quantised_workload import ServedWorkload
@@ -168,21 +169,42 @@ def measured(outputs: torch.Tensor, targets: torch.Tensor) -> dict[str, float]:
     Returns:
         ``loss`` (nats, at most 100 a row), ``auc`` and its standard error ``auc_se``, ``ne`` (normalised
         entropy), ``calibration``, ``ece``, ``positives`` and ``unscored`` (rows whose output is NaN), as
-        `measures.evaluate` has them, of the probabilities in the model's precision. What is not defined, as
-        the AUC of labels of one class, is left out, with a warning that says why.
+        `measures.evaluate` has them, of what `probabilities` gives. What is not defined, as the AUC of labels
+        of one class, is left out, with a warning that says why.
 
     Example:
         >>> import torch
         >>> sorted(measured(torch.tensor([0.0, 1.0]), torch.tensor([0.0, 1.0])))
         ['auc', 'auc_se', 'calibration', 'ece', 'loss', 'ne', 'positives', 'unscored']
     """
-    probabilities = outputs.sigmoid().double().cpu().numpy()
-    found = measures.evaluate(targets.cpu().numpy(), probabilities)
+    found = measures.evaluate(targets.cpu().numpy(), probabilities(outputs))
     if found.note:
         warnings.warn(f"evaluation: {found.note}", stacklevel=2)
     names = ("loss", "auc", "auc_se", "ne", "calibration", "ece", "positives", "unscored")
     values = ((name, getattr(found, name)) for name in names)
     return {name: float(value) for name, value in values if value is not None}
+
+
+def probabilities(outputs: torch.Tensor) -> NDArray[np.float64]:
+    """The click probabilities that an evaluation ranks and measures, from a model's outputs.
+
+    The sigmoid is taken in the outputs' own precision: in float32 all logits from about 17 on become the
+    probability 1 and are ties, so that the AUC of a faulty model's probabilities may differ from that of its
+    logits. ``measures.delong(labels, probabilities(outputs))`` has the ``auc`` of an evaluation.
+
+    Args:
+        outputs: logits, float[rows], as ``workload.outputs()`` gives them first.
+
+    Returns:
+        float64[rows], 0 to 1; NaN where the logit is.
+
+    Example:
+        >>> import torch
+        >>> probabilities(torch.tensor([0.0, 20.0, 30.0])).tolist()
+        [0.5, 1.0, 1.0]
+    """
+    found: NDArray[np.float64] = outputs.sigmoid().double().cpu().numpy()
+    return found
 
 
 def _study(

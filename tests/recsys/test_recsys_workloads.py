@@ -19,6 +19,7 @@ from ckptflip.errors import UsageError, WorkloadError  # noqa: E402
 from ckptflip.recsys import measures, recipes  # noqa: E402
 from ckptflip.recsys.data import clicks, tsv  # noqa: E402
 from ckptflip.recsys.touched import touched  # noqa: E402
+from ckptflip.recsys.workloads import probabilities  # noqa: E402
 from ckptflip.report import convergence  # noqa: E402
 from ckptflip.training import find, harness, pytorch  # noqa: E402
 from ckptflip.training.track import Flips, Header, Row, Track, collapsed  # noqa: E402
@@ -99,11 +100,24 @@ def test_what_is_recorded_is_what_the_measures_say():
     found = workload.evaluate()
     assert found.keys() == RECORDED
     outputs, labels = workload.outputs()
-    said = measures.evaluate(labels.numpy(), outputs.sigmoid().double().numpy())
+    said = measures.evaluate(labels.numpy(), probabilities(outputs))
     assert {name: found[name] for name in RECORDED - {"nan", "inf", "extreme"}} == {
         name: getattr(said, name) for name in RECORDED - {"nan", "inf", "extreme"}
     }
     assert said.rows == 300
+
+
+def test_the_auc_of_a_faulty_model_is_that_of_its_probabilities_not_of_its_logits():
+    workload = find("dlrm", **SMALL)
+    workload.start(0)
+    with torch.no_grad():
+        workload.model.top_l[-1].weight.mul_(1e4)
+    outputs, labels = workload.outputs()
+    scores = probabilities(outputs)
+    assert (scores == 1).sum() > 10
+    assert measures.delong(labels, scores).value == workload.evaluate()["auc"]
+    assert measures.delong(labels, outputs).value != workload.evaluate()["auc"]
+    assert measures.compare(labels, scores, scores).first == workload.evaluate()["auc"]
 
 
 def test_a_class_that_is_missing_is_said_and_no_crash(tmp_path):
