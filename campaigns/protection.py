@@ -48,7 +48,8 @@ detection inside operators costs, and what it finds of faults in products and su
   told of all faults and of effective ones; intervals are Clopper and Pearson's, exact, of 95 %.
 - A *false alarm* is a contender that notices something in a model in which nothing was altered.
 - What a contender leaves is the clean metric less its own, paired by trial; means have bootstrapped (BCa)
-  intervals. What has no metric counts as chance.
+  intervals. What has no metric counts as chance. Tables round to four places: 0 (0 to 0) lies within
+  0.00005 of 0. A mean alone is of trials too much alike for an interval.
 - Two contenders *differ* in a cell if Wilcoxon's signed-rank test says so (p ≤ {level:g}) after Holm's
   adjustment over the cells of the study.
 - Sentences are chosen by the script from the numbers. What they compare was fixed before the runs; how they

@@ -68,10 +68,11 @@ def _clipping(study: Study) -> str:
         these = [(line, each) for line, each in differing if sign * each.mean > 0]
         if these:
             line, each = max(these, key=lambda pair: abs(pair[1].mean))
+            # How much less has its interval turned round with it.
+            low, high = sorted((sign * each.mean_interval.low, sign * each.mean_interval.high))
             parts.append(
                 f"{word} {study.metric} is left in {len(these)}, at most {places(abs(each.mean))} "
-                f"({places(each.mean_interval.low)} to {places(each.mean_interval.high)}; "
-                f"{_name(study, line)})"
+                f"({places(low)} to {places(high)}; {_name(study, line)})"
             )
     return f"{said}: {listed(parts) if parts else 'none differs'}."
 

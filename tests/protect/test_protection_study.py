@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import numpy as np
@@ -96,6 +98,36 @@ def test_numbers_are_those_of_the_store(scripts, stores):
     bare, ideal = (sum(float(line.lost(name, 0.1).sum()) for line in study.lines) for name in ("bare", "tmr"))
     kept, share = study.recovered("tmr")
     assert kept == pytest.approx(bare - ideal) and share == pytest.approx((bare - ideal) / bare)
+
+
+def study_of(tables, gains):
+    """A study of one cell for each array of what calibrated clipping leaves more than published clipping."""
+    gathered = SimpleNamespace(judged=SimpleNamespace(name="auc"), several_workloads=False)
+    lines = [
+        tables.Line(
+            cell=SimpleNamespace(label=f"{place} faults"), flips=1.0, effective=np.ones(len(gain), bool),
+            clean=np.full(len(gain), 0.75), found={},
+            left={"bare": 0 * gain + 0.6, "clip-100": 0 * gain + 0.6, "clip-range": 0.6 + gain},
+        )
+        for place, gain in enumerate(gains, 1)
+    ]  # fmt: skip
+    return tables.Study("S", gathered, lines, [], 0.5, {})
+
+
+def test_more_or_less_and_its_interval_have_one_sign(scripts):
+    _, tables = scripts
+    import protection_findings
+
+    steps = np.linspace(0.0, 0.01, 30)
+    said = protection_findings.findings(study_of(tables, [0.03 + steps, -0.02 - steps, -0.05 - steps]))
+    clipping = next(each for each in said if "Holm" in each)
+    number = r"(\d\.\d{4})"
+    told = re.findall(
+        rf"(more|less) AUC is left in (\d), at most {number} \({number} to {number}; (.)", clipping
+    )
+    assert [(word, cells, cell) for word, cells, *_, cell in told] == [("more", "1", "1"), ("less", "2", "3")]
+    for (*_, mean, low, high, _), true in zip(told, (0.035, 0.055), strict=True):
+        assert float(low) < float(mean) == true < float(high)
 
 
 def test_a_study_that_is_not_there_is_named(tmp_path, scripts):
