@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from functools import cached_property
 from typing import Any, get_type_hints
 
@@ -16,6 +15,7 @@ from ckptflip.recsys.data import criteo
 from ckptflip.recsys.data.best import BestAuc, best_auc
 from ckptflip.recsys.data.clicks import ClickSpec, Generated, generate
 from ckptflip.recsys.data.logs import ClickLog
+from ckptflip.training.checks import check_options, check_whole
 
 # The test rows of a generated log lie so far behind the training rows that no choice of these meets them.
 _TEST_START = 1 << 40
@@ -150,24 +150,8 @@ def made(model: str, options: dict[str, Any], config: str | None = None) -> Reci
         >>> made("fm", {"rows": 100}).name
         'fm[data=clicks,rows=100]'
     """
-    known = [field.name for field in dataclasses.fields(Options)]
-    check_names(model, options, known)
+    check_options(model, options, [field.name for field in dataclasses.fields(Options)])
     return Recipe(model, Options(**options), config)
-
-
-def check_names(model: str, options: dict[str, Any], known: list[str]) -> None:
-    """Raise UsageError for an option that a workload does not know."""
-    for name in options:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {near[0]}?" if near else f": it has {', '.join(known)}"
-            raise UsageError(f"workload {model} has no option {name}{hint}")
-
-
-def check_whole(name: str, value: Any, least: int) -> None:
-    """Raise UsageError unless an option's value is a whole number and large enough."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise UsageError(f"{name} is a whole number of {least} or more, not {value!r}")
 
 
 def check_kinds(options: Any) -> None:

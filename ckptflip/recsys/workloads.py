@@ -18,6 +18,7 @@ import numpy as np
 from ckptflip.errors import UsageError
 from ckptflip.recsys import measures, recipes
 from ckptflip.recsys.models.configurations import Configuration, Dummy, configuration
+from ckptflip.training.checks import check_options, check_whole
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 _EMBEDDING, _DROPOUT, _RATE, _DECAY, _BATCH = 16, 0.2, 1e-3, 1e-6, 4096
 _TEST_BATCH = 4096
+_WITHOUT_DROPOUT = ("dlrm", "fm")
+_PLACE = ("device", "threads")
 
 
 def dlrm(*, config: str = "small", device: str = "cpu", threads: int = 1, **options: Any) -> TorchWorkload:
@@ -44,6 +47,7 @@ def dlrm(*, config: str = "small", device: str = "cpu", threads: int = 1, **opti
         >>> dlrm(config="kaggle", rows=1000).name
         'dlrm[data=clicks,config=kaggle,rows=1000]'
     """
+    check_options("dlrm", options, _taken("dlrm"))
     chosen = configuration(config)
     recipe = recipes.made("dlrm", _with_modulo(options, chosen), config)
     from ckptflip.training.pytorch import TorchWorkload  # first: it says which extra brings PyTorch
@@ -69,7 +73,7 @@ def fm(**options: Any) -> TorchWorkload:
     Args:
         options: fields of `recipes.Options`, and `device` and `threads` of `TorchWorkload`.
     """
-    return _study("fm", "factorisation", "Fm", has_dropout=False, **options)
+    return _study("fm", "factorisation", "Fm", **options)
 
 
 def deepfm(**options: Any) -> TorchWorkload:
@@ -122,9 +126,10 @@ def dummy_dlrm(
         (1.0, 0.0, 0.0)
     """
     fields = dataclasses.fields(Dummy)
-    recipes.check_names("dummy-dlrm", sizes, ["samples", "data_seed", *(field.name for field in fields)])
+    sized = [field.name for field in fields]
+    check_options("dummy-dlrm", sizes, ["samples", "data_seed", *sized, *_PLACE])
     chosen = Dummy(**sizes)
-    recipes.check_whole("samples", samples, 1)
+    check_whole("samples", samples, 1)
     told = [f"samples={samples}"] if samples != 10_000 else []
     told += [f"data_seed={data_seed}"] if data_seed else []
     told += [f"{f.name}={sizes[f.name]:g}" for f in fields if sizes.get(f.name, f.default) != f.default]
@@ -156,7 +161,8 @@ def served(*, model: str = "dlrm", tables: str = "int8", trained: int = 3, **opt
     }  # fmt: skip
     if model not in makers:
         raise UsageError(f"a served model is one of {', '.join(makers)}, not {model!r}")
-    recipes.check_whole("trained", trained, 0)
+    check_options("served", options, ["model", "tables", "trained", *_taken(model)])
+    check_whole("trained", trained, 0)
     recipe = makers[model](**options)
     from ckptflip.recsys.quantised_workload import ServedWorkload
 
@@ -208,13 +214,12 @@ def probabilities(outputs: torch.Tensor) -> NDArray[np.float64]:
 
 
 def _study(
-    name: str, module: str, model: str, arguments: dict[str, Any] | None = None, *, has_dropout: bool = True,
-    device: str = "cpu", threads: int = 1, **options: Any,
+    name: str, module: str, model: str, arguments: dict[str, Any] | None = None, *, device: str = "cpu",
+    threads: int = 1, **options: Any,
 ) -> TorchWorkload:  # fmt: skip
+    check_options(name, options, _taken(name))
     recipe = recipes.made(name, options)
     chosen = recipe.options
-    if not has_dropout and chosen.dropout is not None:
-        raise UsageError(f"workload {name} has no dropout")
     from importlib import import_module
 
     import torch
@@ -223,7 +228,7 @@ def _study(
 
     build: Callable[..., Any] = getattr(import_module(f"ckptflip.recsys.models.{module}"), model)
     given = dict(arguments or {}, embedding=chosen.embedding or _EMBEDDING)
-    if has_dropout:
+    if name not in _WITHOUT_DROPOUT:
         given["dropout"] = _DROPOUT if chosen.dropout is None else chosen.dropout
 
     def made() -> Any:
@@ -242,6 +247,14 @@ def _study(
         threads=threads,
         test_batch=_TEST_BATCH,
     )
+
+
+def _taken(model: str) -> list[str]:
+    """The names of all options that a workload takes."""
+    fields = [field.name for field in dataclasses.fields(recipes.Options)]
+    if model in _WITHOUT_DROPOUT:
+        fields.remove("dropout")
+    return [*(["config"] if model == "dlrm" else []), *fields, *_PLACE]
 
 
 def _with_modulo(options: dict[str, Any], chosen: Configuration) -> dict[str, Any]:

@@ -113,7 +113,7 @@ class TorchWorkload:
         self._scheduler, self._scaler, self._metric = scheduler, scaler, metric
         self._augment, self._autocast = augment, autocast
         self._source, self._batch_size, self._test_batch = data, batch_size, test_batch
-        self._device, self._threads, self._extreme = torch.device(device), threads, extreme
+        self._device, self._threads, self._extreme = _device(device), threads, extreme
         self._loaded: tuple[tuple[Inputs, torch.Tensor], ...] | None = None
         self._run: Run | None = None
 
@@ -282,6 +282,13 @@ class TorchWorkload:
         if isinstance(values, tuple):
             return tuple(torch.as_tensor(one, device=self._device) for one in values)
         return torch.as_tensor(values, device=self._device)
+
+
+def _device(device: str | torch.device) -> torch.device:
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError):
+        raise UsageError(f"device is cpu, cuda, cuda:1 or another of PyTorch's, not {device!r}") from None
 
 
 def _order(seed: int, epoch: int, samples: int, per_epoch: int) -> Any:

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 
 import torch
 
+from ckptflip.errors import UsageError
+
 
 @contextmanager
 def settled(threads: int, device: torch.device) -> Iterator[None]:
@@ -17,9 +19,15 @@ def settled(threads: int, device: torch.device) -> Iterator[None]:
         threads: intra-op threads of PyTorch inside the block. A sum split over another number of threads
             is another sum in its last bit, so this number is part of an exact resume.
         device: the device whose random state is kept, besides the CPU's.
+
+    Raises:
+        UsageError: a CUDA device that is not there.
     """
     cuda = device.type == "cuda"
     if cuda:
+        # Not when a workload is made: a campaign may be planned where no GPU is.
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise UsageError(f"there is no device {device}; CUDA devices here: {torch.cuda.device_count()}")
         # cuBLAS is deterministic only with a fixed workspace, which it reads from the environment.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     before = (

@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from ckptflip.errors import CkptflipError, UsageError, WorkloadError
+from ckptflip.errors import CkptflipError, WorkloadError
+from ckptflip.training.checks import check_options
 
 BUILT_IN = {
     "digits-cnn": "ckptflip.training.digits:cnn",
@@ -138,10 +139,7 @@ def _check_options(factory: Any, options: dict[str, Any], name: str) -> None:
         return  # written in C: calling it will tell
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values()):
         return
-    unknown = ", ".join(f"--{option.replace('_', '-')}" for option in options if option not in taken)
-    if unknown:
-        takes = ", ".join(taken) or "none"
-        raise UsageError(f"workload {name} has no option {unknown}; the options it takes: {takes}")
+    check_options(name, options, list(taken))
 
 
 def _module(module_name: str, name: str) -> Any:

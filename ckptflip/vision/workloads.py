@@ -7,12 +7,13 @@ decay, for it means different things in the two; the learning rate falls to a te
 from __future__ import annotations
 
 import dataclasses
-import difflib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ckptflip.errors import UsageError
+from ckptflip.training.checks import check_options
 from ckptflip.vision.recipes import CHANNELS, MILESTONES, MOMENTUM, Options, Recipe
 
 if TYPE_CHECKING:
@@ -83,23 +84,15 @@ def alexnet_keras(**options: Any) -> with_keras.KerasWorkload:
     return _keras("alexnet", **options)
 
 
-def recipe(architecture: str, options: dict[str, Any], suffix: str = "") -> Recipe:
-    """Check options and make a recipe of them.
-
-    Raises:
-        UsageError: an option is unknown, or its value makes no sense.
-    """
-    known = [field.name for field in dataclasses.fields(Options)]
-    for name in options:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {near[0]}?" if near else f": it has {', '.join(known)}"
-            raise UsageError(f"workload {architecture}{suffix} has no option {name}{hint}")
+def _recipe(architecture: str, options: dict[str, Any], others: Sequence[str], suffix: str = "") -> Recipe:
+    """A recipe of checked options; the workload takes `others` besides."""
+    taken = [*(field.name for field in dataclasses.fields(Options)), *others]
+    check_options(f"{architecture}{suffix}", options, taken)
     return Recipe(architecture, Options(**options), suffix)
 
 
 def _torch(architecture: str, *, device: str = "cpu", threads: int = 1, **options: Any) -> TorchWorkload:
-    made = recipe(architecture, options)
+    made = _recipe(architecture, options, ("device", "threads"))
     import torch
 
     from ckptflip.training.pytorch import TorchWorkload  # first: it says which extra brings PyTorch
@@ -159,7 +152,7 @@ def _cross_entropy(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor
 
 
 def _keras(architecture: str, *, threads: int = 1, **options: Any) -> with_keras.KerasWorkload:
-    made = recipe(architecture, options, "-keras")
+    made = _recipe(architecture, options, ("threads",), "-keras")
     from ckptflip.training.keras import KerasWorkload  # first: it chooses Keras' backend
     from ckptflip.training.keras_settings import backend
     from ckptflip.vision import augment, keras_models

@@ -96,7 +96,7 @@ def test_a_restart_without_change_has_nothing_to_look_for(trained: Path) -> None
         (("campaign_toy:make", "campaign_tpy:make"), 1, "importing 'campaign_tpy' failed"),
         (("campaign_toy:make", "campaign_toy:broken"), 1, "no such data"),
         (("campaign_toy:make", "digits-mpl"), 1, "Did you mean 'digits-mlp'?"),
-        (("options = {  }", "options = { wide = 7 }"), 1, "has no option --wide"),
+        (("options = {  }", "options = { wide = 7 }"), 1, "has no option wide; it takes none"),
     ],
 )
 def test_a_dry_run_finds_what_a_run_would(

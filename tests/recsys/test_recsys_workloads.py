@@ -206,7 +206,18 @@ def test_training_rows_do_not_depend_on_how_many_are_tested():
     [
         ("dlrm", {"config": "large"}, "small, kaggle, terabyte"),
         ("dlrm", {"sample": 5}, "no option sample; did you mean samples"),
-        ("fm", {"dropout": 0.1}, "fm has no dropout"),
+        ("dlrm", {"confg": "small"}, r"dlrm has no option confg; did you mean config\?"),
+        ("dlrm", {"x": 1}, "no option x; it takes config, data, samples, .*, rate, device, threads$"),
+        ("dlrm", {"dropout": 0.1}, "dlrm has no option dropout; it takes"),
+        ("fm", {"dropout": 0.1}, "fm has no option dropout; it takes"),
+        ("afm", {"devise": "cpu"}, r"no option devise; did you mean device\?"),
+        ("served", {"trainde": 1}, r"served has no option trainde; did you mean trained\?"),
+        ("served", {"model": "fm", "x": 1}, "no option x; it takes model, tables, trained, data"),
+        ("dummy-dlrm", {"x": 1}, "it takes samples, data_seed, embedding, .*, device, threads$"),
+        ("dlrm", {"device": "zz"}, "device is cpu, cuda, cuda:1 or another of PyTorch's, not 'zz'"),
+        ("dlrm", {"threads": 1e3}, "threads is a whole number from 1 to 4096, not 1000.0"),
+        ("dlrm", {"threads": 10**11}, "threads is a whole number from 1 to 4096, not 100000000000"),
+        ("dummy-dlrm", {"device": ["cpu"]}, "device is cpu"),
         ("afm", {"dropout": 1.0}, "below 1"),
         ("fm", {"samples": 0}, "samples is a whole number of 1 or more, not 0"),
         ("fm", {"rows": 2.5}, "rows is a whole number"),
@@ -225,6 +236,12 @@ def test_training_rows_do_not_depend_on_how_many_are_tested():
 def test_options_that_make_no_sense_are_refused(name, options, said):
     with pytest.raises(UsageError, match=said):
         find(name, **options)
+
+
+def test_a_device_that_is_not_there_is_named_when_it_is_needed(tmp_path):
+    workload = find("dlrm", device="cuda:99", **SMALL)
+    with pytest.raises(UsageError, match=r"there is no device cuda:99; CUDA devices here: \d"):
+        harness.train(workload, 1, tmp_path)
 
 
 @pytest.fixture

@@ -135,6 +135,8 @@ def test_names_tell_what_a_checkpoint_depends_on(tmp_path):
         ({"data": ""}, "not nothing"),
         ({"data": "/nowhere"}, "no folder or archive /nowhere"),
         ({"precison": "fp16"}, "no option precison; did you mean precision"),
+        ({"thread": 1}, "no option thread; did you mean threads"),
+        ({"config": 1}, "no option config; it takes data, .*, device, threads$"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(options, said):
@@ -143,7 +145,7 @@ def test_options_that_make_no_sense_are_refused(options, said):
 
 
 def test_workloads_without_options_say_so():
-    with pytest.raises(UsageError, match="digits-mlp has no option --precision"):
+    with pytest.raises(UsageError, match="digits-mlp has no option precision; it takes none"):
         find("digits-mlp", precision="fp16")
 
 
@@ -197,7 +199,7 @@ def test_the_command_line_trains_resumes_and_refuses(tmp_path, capsys):
     assert run(["resume", "vgg16", start, "--until", "2"]) == 1
     assert "belongs to the workload 'vgg16[data=digits,precision=mixed-bf16" in capsys.readouterr().err
     assert run(["train", "digits-cnn", "--epochs", "1", "--save", str(tmp_path / "c"), "--width", "2"]) == 2
-    assert "digits-cnn has no option --width" in capsys.readouterr().err
+    assert "digits-cnn has no option width; it takes precision" in capsys.readouterr().err
 
 
 # With Keras
@@ -268,7 +270,7 @@ def test_keras_options_are_checked_and_named():
     from ckptflip.training.keras_settings import backend
 
     assert find("resnet18-keras", width=0.5).name == "resnet18-keras[data=digits,precision=fp32,width=0.5]"
-    with pytest.raises(UsageError, match="alexnet-keras has no option"):
+    with pytest.raises(UsageError, match=r"alexnet-keras has no option device; it takes .*, threads$"):
         find("alexnet-keras", device="cuda")
     if backend() != "tensorflow":
         with pytest.raises(UsageError, match="computes in float32"):
