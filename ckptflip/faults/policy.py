@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,16 @@ from ckptflip.faults.stream import check_seed
 
 DESIGNS = ("uniform", "tensor", "layer")
 MOST_POLICIES = 16
+# Fields that hold several strings.
+_LISTS = ("tensors", "layers", "roles", "fields", "forbid")
 
 
 class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """What may be hit (tensors × elements × bits), how much, and how.
 
     One of `count`, `fraction` and `ber` says how much; with none of them, one fault is drawn. The unit is a
-    bit for flips and stuck-at faults, a placement for bursts and masks, a word for scale and value.
+    bit for flips and stuck-at faults, a placement for bursts and masks, a word for scale and value. A string
+    in place of a list is a list of one.
 
     Attributes:
         tensors: globs on tensor names; ``!glob`` excludes.
@@ -53,6 +57,8 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     Example:
         >>> Policy(bits="exponent", count=10).amount
         '10 faults'
+        >>> Policy(tensors="emb_l.*").tensors
+        ('emb_l.*',)
     """
 
     tensors: tuple[str, ...] = ()
@@ -104,12 +110,12 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         for field in msgspec.structs.fields(self):
             value = getattr(self, field.name)
             plain = value.item() if isinstance(value, np.generic) else value
+            if isinstance(plain, str) and field.name in _LISTS:
+                plain = (plain,)
             try:
                 typed = msgspec.convert(plain, field.type)
             except msgspec.ValidationError as error:
-                alone = isinstance(plain, str) and field.type == tuple[str, ...]
-                why = f"give a list of them, [{plain!r}]" if alone else str(error)
-                raise UsageError(f"{field.name} {value!r} is of the wrong kind: {why}") from None
+                raise UsageError(f"{field.name} {value!r} is of the wrong kind: {error}") from None
             msgspec.structs.force_setattr(self, field.name, typed)
 
     def _check_tables(self) -> None:
@@ -117,7 +123,7 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             if self.rows_weight is None:
                 raise UsageError(
                     f"rows {self.rows!r} needs to know how often each row was read: name the file of access "
-                    "counts with rows_weight"
+                    "counts with rows_weight (on the command line --rows-weight)"
                 )
             raise UsageError("rows_weight was given, and rows asks for no hot:1% or cold:1% of them")
         if self.rowwise is not None:
@@ -203,17 +209,25 @@ def load(path: str | Path) -> tuple[tuple[Policy, ...], int | None]:
 
 
 def _convert(table: Any, path: Path, position: int) -> Policy:
-    lists = ("tensors", "layers", "roles", "fields", "forbid")
+    where = f"policy {path}, policy {position}"
     if isinstance(table, dict):
-        table = {k: [v] if k in lists and isinstance(v, str) else v for k, v in table.items()}
-    if isinstance(table, dict) and "seed" in table:
-        raise UsageError(f"policy {path}, policy {position}: seed belongs at top level, before the tables")
+        _check_keys(table, where)
+        table = {k: [v] if k in _LISTS and isinstance(v, str) else v for k, v in table.items()}
     try:
         return msgspec.convert(table, Policy)
     except msgspec.ValidationError as why:
-        known = ", ".join(Policy.__struct_fields__)
-        hint = f" (known keys: {known})" if "unknown field" in str(why) else ""
-        raise UsageError(f"policy {path}, policy {position}: {why}{hint}") from None
+        raise UsageError(f"{where}: {why}") from None
+
+
+def _check_keys(table: dict[str, Any], where: str) -> None:
+    if "seed" in table:
+        raise UsageError(f"{where}: seed belongs at top level, before the tables")
+    known = Policy.__struct_fields__
+    for key in table:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+            raise UsageError(f"{where}: there is no key {key!r}; {hint}")
 
 
 def combine(policies: Policy | Sequence[Policy]) -> tuple[Policy, ...]:

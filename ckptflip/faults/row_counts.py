@@ -170,9 +170,12 @@ class RowCounts:
         wanted = [*names, *(bare_name(n) for n in names), tensor.layer]
         found = next((n for n in wanted if n and n in self._members), None)
         if found is None:
+            there = ", ".join(sorted(self._members)[:4]) + (" …" if len(self._members) > 4 else "")
+            begins = {name.partition(".")[0] for name in self._members}
+            example = f", as -t '{begins.pop()}*'" if len(begins) == 1 else ""
             raise SelectionError(
-                f"access counts {self._path} have no array for {tensor.name}; there are "
-                f"{', '.join(sorted(self._members)[:4])}"
+                f"access counts {self._path} have no array for {tensor.name}; there are {there or 'none'}. "
+                f"Select these tensors alone{example}"
             )
         return found
 

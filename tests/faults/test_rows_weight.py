@@ -112,7 +112,7 @@ def test_what_cannot_be_read(rows, text):
 
 
 def test_one_without_the_other():
-    with pytest.raises(UsageError, match="name the file of access counts with rows_weight"):
+    with pytest.raises(UsageError, match=r"counts with rows_weight \(on the command line --rows-weight\)"):
         Policy(rows="hot:1%")
     for rows in ("0-9", None):
         with pytest.raises(UsageError, match="rows asks for no hot"):
@@ -127,7 +127,12 @@ BAD_COUNTS = [
     (np.zeros((10, 2)), "of one axis"),
     (np.zeros(10, bool), "integers or floats"),
     (np.zeros(10, complex), "integers or floats"),
-    ({"b": np.arange(10)}, "have no array for a; there are b"),
+    ({"b": np.arange(10)}, r"have no array for a; there are b\. Select these tensors alone, as -t 'b\*'$"),
+    (
+        {f"emb_l.{i}.weight": np.arange(10) for i in range(5)},
+        r"emb_l\.2\.weight, emb_l\.3\.weight …\. Select these tensors alone, as -t 'emb_l\*'$",
+    ),
+    ({"b": np.arange(10), "c": np.arange(10)}, r"there are b, c\. Select these tensors alone$"),
     ({"a": np.arange(4)}, "a has 10 rows, and access counts .* 4 for 'a'"),
 ]
 
