@@ -102,6 +102,8 @@ class Kept:
 
 
 def _check(folder: Path) -> None:
+    if "\0" in str(folder):
+        raise UsageError(f"{str(folder)!r} cannot be the name of a folder for records")
     if not folder.exists():
         return
     if not folder.is_dir():

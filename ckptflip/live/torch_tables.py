@@ -45,8 +45,7 @@ class Ids:
         elif not self._clamp:
             raise LiveError(
                 f"{self.name or 'the table'} has {module.num_embeddings} rows, and after the faults it is "
-                f"asked for row {low if low < 0 else high}. Pass beyond='clamp' to ask for the nearest row, "
-                "or leave the high bits of the ids out, as in Policy(bits='0-15')"
+                f"asked for row {low if low < 0 else high}. Pass beyond='clamp' to ask for the nearest row"
             )
         else:
             new = ids.clamp(0, module.num_embeddings - 1)

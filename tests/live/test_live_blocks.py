@@ -231,7 +231,8 @@ class TestInputs:
         dense, sparse, _ = self.given()
         with (
             pytest.raises(
-                LiveError, match=r"table has 10 rows, and after the faults .* row \d+.*beyond='clamp'"
+                LiveError,
+                match=r"table has 10 rows, and after the faults .* row \d+.*beyond='clamp' .* nearest row$",
             ),
             live.faults(model, Policy(bits="8-20"), seed=1, inputs="sparse/ids"),
         ):
@@ -503,6 +504,8 @@ class TestRecords:
         assert shown.exit_code == 0 and "inputs/input" in shown.output and "activations/3" in shown.output
         with pytest.raises(UsageError, match=r"holds records already, such as call_00000"):
             live.faults(model, Policy(), seed=1, activations="0", records=folder)
+        with pytest.raises(UsageError, match="cannot be the name of a folder"):
+            live.faults(model, Policy(), seed=1, activations="0", records="\0")
         with pytest.raises(UsageError, match="is a file; name a folder"):
             live.faults(model, Policy(), seed=1, activations="0", records=files[0])
 
