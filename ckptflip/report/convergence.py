@@ -25,6 +25,8 @@ _SHARES = ("accuracy", "auc")
 _LOWER = ("ne", "ece", "auc_se", "unscored")
 # More labels than this no legend can hold: the rest share one grey.
 _MOST_LABELS = 12
+# The whole picture of such a value.
+_WHOLE = (-0.02, 1.02)
 # A panel that shows only the clean run's surroundings is added when these are so much smaller than the whole.
 _ZOOM = 5.0
 
@@ -51,7 +53,7 @@ def plot(
     """Draw a metric over the epochs: one colour per label, thin lines for runs, a thick one for their median.
 
     Values that are not finite leave a gap, and a cross at the edge where the first one occurred. A dotted
-    line marks each epoch at which a checkpoint was altered. Where collapsed runs squeeze all others
+    line marks each epoch at which a checkpoint was altered. Where a picture from 0 to 1 squeezes runs
     together, a second panel shows the surroundings of the clean run.
 
     Args:
@@ -187,7 +189,7 @@ def _mark_flips(axes: Axes, groups: list[_Group]) -> None:
 
 def _scale(axes: Axes, groups: list[_Group], metric: str) -> None:
     if metric in _SHARES:
-        axes.set_ylim(-0.02, 1.02)
+        axes.set_ylim(*_WHOLE)
         return
     values = _finite(groups, metric)
     positive = values[values > 0]
@@ -202,12 +204,11 @@ def _surroundings(groups: list[_Group], metric: str) -> tuple[float, float] | No
         return None
     start = min(track.header.start_epoch for track in faulty)
     near = _finite([group for group in groups if group.clean], metric, start)
-    everything = _finite(groups, metric, start)
-    if not len(near) or not len(everything):
+    if not len(near):
         return None
     low, high = near.min(), near.max()
     pad = max(high - low, 0.01)
-    if everything.max() - everything.min() < _ZOOM * 2 * pad:
+    if _WHOLE[1] - _WHOLE[0] < _ZOOM * 2 * pad:
         return None
     return low - pad, min(high + pad, 1.005)
 

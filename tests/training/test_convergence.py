@@ -62,7 +62,7 @@ def test_same_label_same_colour_and_a_median(drawn):
     ]
     figure = drawn(tracks, title="T")
     assert legend(figure) == ["clean", "ten (3 runs)", "one", "single runs (bold: median)"]
-    (axes,) = figure.axes
+    axes = figure.axes[-1]
     ten = [line for line in axes.lines if line.get_color() == convergence.COLOURS[0]]
     assert len(ten) == 4
     bold = max(ten, key=lambda line: line.get_linewidth())
@@ -77,6 +77,19 @@ def test_collapsed_runs_are_counted_and_get_a_second_panel(drawn):
     near, whole = figure.axes
     assert near.get_ylim()[0] > 0.5
     assert whole.get_ylim()[0] < 0
+
+
+def test_runs_that_hardly_differ_get_the_panel_that_shows_them(drawn):
+    tracks = [
+        Track(header, tuple(Row(epoch=2 + i, extra={"auc": value}) for i, value in enumerate(values)))
+        for header, values in ((CLEAN.header, (0.764, 0.770)), (made([0.5], start=2).header, (0.760, 0.765)))
+    ]
+    near, whole = drawn(tracks, metric="auc").axes
+    low, high = near.get_ylim()
+    assert low < 0.760 and high > 0.770 and high - low < 0.05
+    assert whole.get_ylim() == (-0.02, 1.02)
+    (alone,) = drawn([CLEAN]).axes
+    assert alone.get_ylim() == (-0.02, 1.02)
 
 
 def test_values_that_are_not_finite_leave_a_cross_and_a_gap(drawn):
