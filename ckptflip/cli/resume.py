@@ -8,13 +8,15 @@ from typing import Any
 import click
 
 from ckptflip.cli.options import HELP
-from ckptflip.cli.train import echo_row, seal_option, workload_options
+from ckptflip.cli.train import echo_row, notes_shown, seal_option, workload_options
 
 
 @click.command("resume", context_settings=HELP)
 @click.argument("workload")
 @click.argument("checkpoint", metavar="CKPT", type=click.Path(path_type=Path))
-@click.option("--until", type=int, required=True, metavar="N", help="Epoch to stop after.")
+@click.option(
+    "--until", type=int, required=True, metavar="N", help="Epoch to stop after; CKPT's own: only measure it."
+)
 @click.option(
     "--save", type=click.Path(path_type=Path, file_okay=False), metavar="DIR",
     help="Folder for a checkpoint per epoch and track.jsonl. Without it only the track is kept.",
@@ -41,22 +43,23 @@ def command(
 ) -> None:  # fmt: skip
     """Go on training WORKLOAD from the checkpoint CKPT, clean or altered.
 
-    The track's first row is the checkpoint itself, measured before any training. Give the
-    workload the options that CKPT was trained with.
+    The track's first row is the checkpoint itself, measured before any training; with its own epoch as
+    --until it is the only one. Give the workload the options that CKPT was trained with.
     """
     from ckptflip.training import find, harness
 
-    harness.resume(
-        find(workload, **options),
-        checkpoint,
-        until,
-        save=save,
-        track=track,
-        record=record,
-        label=label,
-        overwrite=overwrite,
-        verify=verify,
-        seal=seal,
-        progress=echo_row,
-    )
+    with notes_shown():
+        harness.resume(
+            find(workload, **options),
+            checkpoint,
+            until,
+            save=save,
+            track=track,
+            record=record,
+            label=label,
+            overwrite=overwrite,
+            verify=verify,
+            seal=seal,
+            progress=echo_row,
+        )
     click.echo(harness.track_path(checkpoint, save, track))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,22 +100,41 @@ def command(
     """Train WORKLOAD from the start and keep a checkpoint of every epoch.
 
     WORKLOAD is digits-cnn, digits-mlp, alexnet, resnet18, resnet50 or vgg16, the Keras twin of one of these
-    (digits-cnn-keras), dlrm, fm, deepfm, wide-deep, dcn, dcn-v2 or afm, or package.module:object, one of
-    yours. --data to --subset are the vision models'; -O gives any workload its options.
+    (digits-cnn-keras), dlrm, fm, deepfm, wide-deep, dcn, dcn-v2, afm, served (one of the last seven with
+    its tables quantised), dummy-dlrm, sharded (another workload, its checkpoints distributed) or
+    package.module:object, one of yours. --data to --subset are the vision models'; -O gives any workload
+    its options.
     """
     from ckptflip.training import find, harness
 
-    harness.train(
-        find(workload, **options),
-        epochs,
-        save,
-        seed=seed,
-        label=label,
-        overwrite=overwrite,
-        seal=seal,
-        progress=echo_row,
-    )
+    with notes_shown():
+        harness.train(
+            find(workload, **options),
+            epochs,
+            save,
+            seed=seed,
+            label=label,
+            overwrite=overwrite,
+            seal=seal,
+            progress=echo_row,
+        )
     click.echo(save / "track.jsonl")
+
+
+@contextmanager
+def notes_shown() -> Iterator[None]:
+    """Show on stderr what the library says of work that takes its time, such as making a click log."""
+    import logging
+
+    logger, handler = logging.getLogger("ckptflip"), logging.StreamHandler()
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        logger.removeHandler(handler)
 
 
 def echo_row(row: Row) -> None:

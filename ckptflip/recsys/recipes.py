@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from functools import cached_property
 from typing import Any, get_type_hints
 
@@ -20,6 +21,7 @@ from ckptflip.training.checks import check_options, check_whole
 # The test rows of a generated log lie so far behind the training rows that no choice of these meets them.
 _TEST_START = 1 << 40
 _LEAST = {"samples": 1, "test": 1, "per_epoch": 1, "rows": 2, "embedding": 1, "batch_size": 1}
+_LOG = logging.getLogger(__name__)
 _SAMPLES, _TEST, _PER_EPOCH = 500_000, 50_000, 50_000
 
 
@@ -103,7 +105,12 @@ class Recipe:
             UsageError, WorkloadError: the files are missing, damaged or too short.
         """
         if self.kind == "clicks":
-            train = generate(self._spec, 0, self.options.samples or _SAMPLES).log
+            samples = self.options.samples or _SAMPLES
+            _LOG.info(
+                "making the click log: %s samples, %s of the test", f"{samples:,}",
+                f"{self.options.test or _TEST:,}",
+            )  # fmt: skip
+            train = generate(self._spec, 0, samples).log
             return train, self._test.log
         from ckptflip.recsys import files
 

@@ -104,7 +104,7 @@ def resume(
     Args:
         workload: a workload or its name (see `find`).
         checkpoint: the file to go on from, clean or altered.
-        until: the epoch to stop after; more than the checkpoint's.
+        until: the epoch to stop after. The checkpoint's own: it is measured, and nothing is trained.
         save: a folder for a checkpoint per epoch and the track; without it only the track is kept.
         track: the track's file; by default in `save`, else ``<checkpoint's stem>.track.jsonl`` beside it.
         record: the record of what was altered in the checkpoint; by default ``<checkpoint>.flips.jsonl`` or
@@ -116,7 +116,7 @@ def resume(
         progress: called with each row as it is recorded.
 
     Raises:
-        UsageError: `until` is not beyond the checkpoint, or a run would be overwritten.
+        UsageError: `until` lies before the checkpoint, or a run would be overwritten.
         CheckpointError, WorkloadError: the checkpoint cannot be taken up.
         DamagedCheckpointError, SealError: it was to be verified, and is damaged or has no whole seal.
     """
@@ -133,10 +133,8 @@ def resume(
     began = time.perf_counter()
     workload.load(checkpoint)
     start = workload.epoch
-    if until <= start:
-        raise UsageError(
-            f"{checkpoint} is at epoch {start} already: --until must be {start + 1} or more, not {until}"
-        )
+    if until < start:
+        raise UsageError(f"{checkpoint} is at epoch {start}: --until must be {start} or more, not {until}")
     _clear(folder, track, overwrite)
     header = Header(
         workload=workload.name, checkpoint=str(checkpoint), start_epoch=start, until=until, label=label,

@@ -8,6 +8,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import click.testing
 import numpy as np
 import pytest
 
@@ -15,6 +16,8 @@ torch = pytest.importorskip("torch")
 
 import ckptflip  # noqa: E402
 from ckptflip import torch_h5  # noqa: E402
+from ckptflip.cli import resume as cli_resume  # noqa: E402
+from ckptflip.cli import train as cli_train  # noqa: E402
 from ckptflip.errors import UsageError, WorkloadError  # noqa: E402
 from ckptflip.recsys import measures, recipes  # noqa: E402
 from ckptflip.recsys.data import clicks, tsv  # noqa: E402
@@ -242,6 +245,19 @@ def test_a_device_that_is_not_there_is_named_when_it_is_needed(tmp_path):
     workload = find("dlrm", device="cuda:99", **SMALL)
     with pytest.raises(UsageError, match=r"there is no device cuda:99; CUDA devices here: \d"):
         harness.train(workload, 1, tmp_path)
+
+
+def test_commands_say_that_the_log_is_made_and_the_library_says_nothing(tmp_path, capfd):
+    shape = [word for name, value in SMALL.items() for word in ("-O", f"{name}={value}")]
+    runner = click.testing.CliRunner()
+    shown = runner.invoke(cli_train.command, ["fm", "--epochs", "1", "--save", str(tmp_path / "a"), *shape])
+    assert shown.exit_code == 0
+    assert shown.stderr.splitlines()[0] == "making the click log: 600 samples, 300 of the test"
+    assert shown.stderr.count("click log") == 1
+    again = ["fm", str(tmp_path / "a" / "epoch_001.h5"), "--until", "1", *shape]
+    assert "making the click log" in runner.invoke(cli_resume.command, again).stderr
+    harness.train(find("fm", **SMALL), 1, tmp_path / "b")
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.fixture

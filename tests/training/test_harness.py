@@ -1,6 +1,7 @@
 """Running workloads: what is saved where, what is refused, how workloads are found."""
 
 import json
+import re
 
 import pytest
 from click.testing import CliRunner
@@ -13,6 +14,7 @@ from ckptflip.cli import train as cli_train
 from ckptflip.errors import CheckpointError, UsageError, WorkloadError
 from ckptflip.training import Workload, find, harness, track
 from ckptflip.training.track import Flips
+from ckptflip.training.workload import BUILT_IN
 
 
 class Counting:
@@ -121,11 +123,20 @@ def test_an_odd_record_beside_a_checkpoint_is_named(run, content):
     assert made.header.flips == Flips(record="epoch_001.h5.flips.jsonl")
 
 
-@pytest.mark.parametrize("until", [0, 1, 2])
-def test_until_must_lie_beyond_the_checkpoint(run, until):
-    with pytest.raises(UsageError, match=r"at epoch 2 already.*3 or more"):
+@pytest.mark.parametrize("until", [0, 1])
+def test_until_must_not_lie_before_the_checkpoint(run, until):
+    with pytest.raises(UsageError, match=rf"at epoch 2: .*2 or more, not {until}"):
         harness.resume(Counting(), run / "epoch_002.h5", until)
     assert "epoch_002.track.jsonl" not in names(run)
+
+
+def test_a_checkpoint_can_be_measured_without_training(run):
+    whole = track.read(run)
+    made = harness.resume(Counting(), run / "epoch_002.h5", 2)
+    assert [(row.epoch, row.accuracy, row.train_loss) for row in made.rows] == [
+        (2, whole.rows[2].accuracy, None)
+    ]
+    assert track.read(run / "epoch_002.track.jsonl") == made
 
 
 def test_numbers_that_make_no_sense_are_refused(tmp_path):
@@ -171,6 +182,12 @@ def test_workloads_are_found_by_name_and_by_path(tmp_path, monkeypatch):
     }.items():
         with pytest.raises(WorkloadError, match=said):
             find(name)
+
+
+def test_the_help_of_train_names_every_workload_that_is_built_in():
+    shown = CliRunner().invoke(cli_train.command, ["--help"]).stdout.replace("\n", " ")
+    names = {name.removesuffix("-keras") for name in BUILT_IN}
+    assert [name for name in sorted(names) if not re.search(rf"[ (]{name}[ ,)]", shown)] == []
 
 
 def test_the_commands_train_resume_and_plot(tmp_path):

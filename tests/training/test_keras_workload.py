@@ -487,7 +487,7 @@ def test_data_that_cannot_be_used_are_refused(data, said):
 
 def test_numbers_that_make_no_sense_are_refused():
     for wrong in ({"batch_size": 0}, {"batch_size": 1, "threads": 0}, {"batch_size": 1, "test_batch": 0}):
-        with pytest.raises(UsageError, match="of 1 or more|from 1 to 4096"):
+        with pytest.raises(UsageError, match=r"of 1 or more|from 1 to 4096"):
             KerasWorkload("w", model=dense, data=recipes.data(5), **wrong)
     made = workload("adam")
     with pytest.raises(UsageError, match="seed"):
