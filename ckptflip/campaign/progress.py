@@ -13,6 +13,7 @@ import msgspec
 
 from ckptflip.campaign.spec import BAD
 from ckptflip.campaign.store.lock import Holder, holder_of
+from ckptflip.campaign.store.opening import undamaged
 from ckptflip.campaign.store.reading import Reader, reading
 from ckptflip.campaign.store.rows import Attempt, Cell, CellCounts
 
@@ -119,34 +120,39 @@ def progress(store: str | Path) -> Progress:
 
 
 def progress_of(reader: Reader) -> Progress:
-    """The same from a store that is open."""
-    spec = reader.spec()
-    stop = (spec.get("trials") or {}).get("stop") or {}
-    bad, confidence = tuple(stop.get("outcomes") or BAD), float(stop.get("confidence") or 0.95)
-    counts = reader.counts()
-    stratified = {stratum.cell for stratum in reader.strata()}
-    made: dict[int, Estimate] = {}
-    if stop or stratified:
-        # Drawn and stopped by what was seen: only an interval made for that holds.
-        from ckptflip.campaign.estimates import FIXED, estimates
+    """The same from a store that is open.
 
-        made = {cell: one for cell, (one,) in estimates(reader).items() if one.method != FIXED}
-    cells = tuple(
-        _cell(
-            cell, counts.get(cell.id, CellCounts()), bad, confidence, made.get(cell.id),
-            stratified=cell.id in stratified,
+    Raises:
+        CampaignError: it is damaged, or no campaign was begun in it.
+    """
+    with undamaged(reader.path):
+        spec = reader.spec()
+        stop = (spec.get("trials") or {}).get("stop") or {}
+        bad, confidence = tuple(stop.get("outcomes") or BAD), float(stop.get("confidence") or 0.95)
+        counts = reader.counts()
+        stratified = {stratum.cell for stratum in reader.strata()}
+        made: dict[int, Estimate] = {}
+        if stop or stratified:
+            # Drawn and stopped by what was seen: only an interval made for that holds.
+            from ckptflip.campaign.estimates import FIXED, estimates
+
+            made = {cell: one for cell, (one,) in estimates(reader).items() if one.method != FIXED}
+        cells = tuple(
+            _cell(
+                cell, counts.get(cell.id, CellCounts()), bad, confidence, made.get(cell.id),
+                stratified=cell.id in stratified,
+            )
+            for cell in reader.cells()
+        )  # fmt: skip
+        return Progress(
+            name=str(spec.get("name", "")),
+            cells=cells,
+            bad=bad,
+            confidence=confidence,
+            per_hour=pace(reader.attempts(latest=_RECENT)),
+            rule=bool(stop),
+            writer=holder_of(reader.path),
         )
-        for cell in reader.cells()
-    )  # fmt: skip
-    return Progress(
-        name=str(spec.get("name", "")),
-        cells=cells,
-        bad=bad,
-        confidence=confidence,
-        per_hour=pace(reader.attempts(latest=_RECENT)),
-        rule=bool(stop),
-        writer=holder_of(reader.path),
-    )
 
 
 def pace(attempts: Sequence[Attempt]) -> float | None:

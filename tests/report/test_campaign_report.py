@@ -12,6 +12,7 @@ import played_campaigns
 import pytest
 from campaign_stores import ATTEMPT, CLEAN
 from click.testing import CliRunner
+from damaged_stores import damages
 
 from ckptflip.campaign.estimates import rates
 from ckptflip.campaign.statistics.intervals import clopper_pearson, upper_bound
@@ -20,6 +21,9 @@ from ckptflip.campaign.store.writing import writing
 from ckptflip.cli.report import command
 from ckptflip.errors import CampaignError, UsageError
 from ckptflip.report.campaign import write
+from ckptflip.report.campaign.gathering import gather
+from ckptflip.report.campaign.page import render
+from ckptflip.report.campaign.rates import cell_rows
 from ckptflip.report.campaign.words import percent
 
 SVG = re.compile(r"<svg.*?</svg>", re.DOTALL)
@@ -337,3 +341,18 @@ class TestCommand:
         (tmp_path / "file").write_text("")
         with pytest.raises(UsageError, match="cannot be written"):
             write(tiny / "runs.db", tmp_path / "file" / "r")
+
+
+def test_a_damaged_store_is_told_as_such(tmp_path: Path) -> None:
+    whole, store = tmp_path / "whole.db", tmp_path / "runs.db"
+    stores.drawn(whole, counts_swept=(1, 10), trials=20, spread=(1,), strata=True)
+    refused = 0
+    for what in damages(whole, store, 60, seed=5):
+        try:
+            gathered = gather(store)
+        except CampaignError as why:
+            assert str(store) in str(why), what
+            refused += 1
+            continue
+        render(gathered, cell_rows(gathered), {})
+    assert 20 < refused < 60

@@ -44,6 +44,7 @@ def export(store: str | Path, out: str | Path, *, table: str = "values", overwri
     write = _writer(out)
     check_new(out, overwrite=overwrite)
     with reading(store) as reader, new_file(out, overwrite=overwrite) as draft:
+        reader.check()
         return write(listing(reader, table), draft)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from ckptflip.campaign.spec import OUTCOMES
 from ckptflip.campaign.store.columns import columns, integers, reals, unsigned
-from ckptflip.campaign.store.opening import explained
+from ckptflip.campaign.store.opening import undamaged
 from ckptflip.campaign.store.reading import Reader
 from ckptflip.campaign.store.rows import Cell, Ints
 
@@ -106,13 +106,14 @@ def _trials(reader: Reader, extra: tuple[Column, ...] = ()) -> _Trials:
     described, swept = _swept(cells, (*_TRIAL, *extra, *_MEASURED))
     strata = {s.id: (s.layer, s.field) for s in reader.strata()}
     names = "".join(f", trials.{column.name}" for column in extra)
-    with explained(reader.path):
+    with undamaged(reader.path):
         rows = reader.connection.execute(
             "SELECT trials.id, trials.run, trials.cell, trials.stratum, runs.seed, trials.number, "
             f"trials.seed, state, outcome{names} FROM trials JOIN runs ON runs.id = trials.run "
             "JOIN cells ON cells.id = trials.cell LEFT JOIN strata ON strata.id = trials.stratum "
             "WHERE cells.current ORDER BY cells.position, strata.layer, strata.field, trials.number"
         ).fetchall()
+        seeds = [int(row[6]) for row in rows]
     stratum = (Column("stratum_layer", "text"), Column("stratum_field", "text")) if strata else ()
     flags = [9 + i for i, column in enumerate(extra) if column.kind == "flag"]
     owners = [
@@ -120,10 +121,10 @@ def _trials(reader: Reader, extra: tuple[Column, ...] = ()) -> _Trials:
             *described[row[2]],
             *(strata.get(row[3], (None, None)) if strata else ()),
             *row[4:6],
-            int(row[6]),
+            seed,
             *(bool(each) if i in flags else each for i, each in enumerate(row[7:], 7)),
         )
-        for row in rows
+        for seed, row in zip(seeds, rows, strict=True)
     ]
     return _Trials((*swept, *stratum, *_TRIAL, *extra), owners, [row[:2] for row in rows])
 
@@ -173,7 +174,7 @@ def _values(reader: Reader) -> Listing:
 
 def _metrics(reader: Reader) -> Callable[[Sequence[int]], list[str]]:
     """What turns a column of metrics into one of their names; a join would have to sort."""
-    with explained(reader.path):
+    with undamaged(reader.path):
         names: dict[int, str] = dict(reader.connection.execute("SELECT id, name FROM metrics"))
     return lambda column: [names[each] for each in column]
 
@@ -264,24 +265,29 @@ def _of_each(
     arrays: Callable[[list[tuple[Any, ...]]], Sequence[Any]],
 ) -> Iterator[Batch]:
     """The rows of each owner in turn, about `_BATCH` at a time."""
+
+    def batch() -> Batch:
+        with undamaged(reader.path):
+            return Batch(np.array(owners, dtype=np.int64), arrays(columns(rows, len(rows[0]))))
+
     rows: list[tuple[Any, ...]] = []
     owners: list[int] = []
     cursor = reader.connection.cursor()
     for position, key in enumerate(keys):
-        with explained(reader.path):
+        with undamaged(reader.path):
             cursor.execute(sql, key)
         while True:
-            with explained(reader.path):
+            with undamaged(reader.path):
                 some = cursor.fetchmany(_BATCH)
             rows += some
             owners += itertools.repeat(position, len(some))
             if len(rows) >= _BATCH:
-                yield Batch(np.array(owners, dtype=np.int64), arrays(columns(rows, len(rows[0]))))
+                yield batch()
                 rows, owners = [], []
             if len(some) < _BATCH:
                 break
     if rows:
-        yield Batch(np.array(owners, dtype=np.int64), arrays(columns(rows, len(rows[0]))))
+        yield batch()
 
 
 # What `export` writes, by name.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,14 @@ import msgspec
 
 from ckptflip.campaign.store.comparing import first_difference
 from ckptflip.campaign.store.lock import only_writer
-from ckptflip.campaign.store.opening import draft_store, explained, opened_to_write
+from ckptflip.campaign.store.opening import (
+    damaged,
+    draft_store,
+    explained,
+    explanation,
+    opened_to_write,
+    undamaged,
+)
 from ckptflip.campaign.store.reading import Reader, reading
 from ckptflip.campaign.store.uniting import Ids, unite_cells, unite_runs, unite_tensors
 from ckptflip.checkpoints.files import check_new, new_file
@@ -98,23 +105,21 @@ class _Sources:
 
     def add(self, reader: Reader) -> None:
         """Put in all that a store has and those before it had not."""
-        with explained(reader.path):
+        source, seen = reader.connection, tuple(self._read)
+        with _from(reader.path, self._target):
             _check_whole(reader)
             self._check_campaign(reader)
-            source = reader.connection
             for row in source.execute(f"SELECT {_REVISION}, number FROM revisions ORDER BY number"):
                 self._revisions[row[:-1]] = max(row[-1], self._revisions.get(row[:-1], 0))
-        seen = tuple(self._read)
-        cells, strata = unite_cells(self._connection, reader, seen)
-        runs, metrics = unite_runs(self._connection, reader, seen)
-        tensors = unite_tensors(self._connection, reader)
-        ids, places = self._unite_trials(reader, cells, strata)
-        with explained(self._target):
+            cells, strata = unite_cells(self._connection, reader, seen)
+            runs, metrics = unite_runs(self._connection, reader, seen)
+            tensors = unite_tensors(self._connection, reader)
+            ids, places = self._unite_trials(reader, cells, strata)
             self._copy_details(source, ids, metrics, tensors)
             self._copy_trials(source, ids, cells, strata, runs)
-        for task, trial, *rest in source.execute(f"SELECT {_ATTEMPT} FROM attempts ORDER BY id").fetchall():
-            # The same attempt is in both where one store was merged from the other.
-            self._attempts.setdefault((task, *rest), (task, places.get(trial), *rest))
+            for task, trial, *rest in source.execute(f"SELECT {_ATTEMPT} FROM attempts ORDER BY id"):
+                # The same attempt is in both where one store was merged from the other.
+                self._attempts.setdefault((task, *rest), (task, places.get(trial), *rest))
         self._read.append(reader.path)
 
     def finish(self) -> None:
@@ -266,7 +271,26 @@ def _retire(target: Path) -> None:
         )
 
 
+@contextlib.contextmanager
+def _from(source: Path, target: Path) -> Iterator[None]:
+    """Explain what goes wrong while rows go from one store into a new one: which of the two is at fault."""
+    with undamaged(source):
+        try:
+            yield
+        except sqlite3.IntegrityError as why:  # the same holds for the rows where they come from
+            raise CampaignError(damaged(source, str(why))) from None
+        except sqlite3.Error as why:
+            if getattr(why, "sqlite_errorcode", -1) & 0xFF == sqlite3.SQLITE_FULL:
+                raise CampaignError(explanation(target, why)) from None
+            raise
+
+
 def _check_whole(reader: Reader) -> None:
     (found,) = reader.connection.execute("PRAGMA quick_check (1)").fetchone()
     if found != "ok":
         raise sqlite3.DatabaseError(found)
+    reader.check()
+    # What is copied without a look at it: JSON, times, how trials ended.
+    for method in (reader.tensors, reader.attempts, reader.trials, reader.runs):
+        method()
+    reader.cells(current=False)

@@ -12,7 +12,7 @@ import msgspec
 
 from ckptflip.campaign.store import schema
 from ckptflip.checkpoints.files import new_file
-from ckptflip.errors import CampaignError, CheckpointError
+from ckptflip.errors import CampaignError, CheckpointError, CkptflipError
 
 # Seconds to wait for another connection: a reader that closes may tidy up the log for an instant.
 _PATIENCE = 10.0
@@ -31,6 +31,25 @@ def explained(path: Path) -> Iterator[None]:
         raise CampaignError(explanation(path, why)) from None
     except (msgspec.MsgspecError, UnicodeDecodeError, OverflowError) as why:
         raise CampaignError(damaged(path, str(why))) from None
+
+
+@contextlib.contextmanager
+def undamaged(path: Path) -> Iterator[None]:
+    """As `explained`, around code that works on what the store at `path` holds, and trusts it.
+
+    Raises:
+        CampaignError: likewise; also where a value is of another kind than it should be, or an id of none.
+    """
+    with explained(path):
+        try:
+            yield
+        except CkptflipError:
+            raise
+        except KeyError as why:
+            raise CampaignError(damaged(path, f"it has no {why} that another row names")) from None
+        except (ValueError, TypeError, AttributeError, IndexError, ArithmeticError) as why:
+            # A number that is none, a text that should be one, an amount that cannot be.
+            raise CampaignError(damaged(path, str(why))) from None
 
 
 def explanation(path: Path, why: sqlite3.Error) -> str:

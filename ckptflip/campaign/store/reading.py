@@ -12,8 +12,9 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import msgspec
 import numpy as np
 
+from ckptflip.campaign.store.checking import check_ends, check_rows, check_time
 from ckptflip.campaign.store.columns import columns, integers, reals, texts, unsigned
-from ckptflip.campaign.store.opening import damaged, explained, opened_to_read
+from ckptflip.campaign.store.opening import explained, opened_to_read, undamaged
 from ckptflip.campaign.store.rows import (
     Attempt,
     Cell,
@@ -68,11 +69,8 @@ def reading(path: str | Path) -> Iterator[Reader]:
 def _explained(method: Callable[Concatenate[Reader, P], T]) -> Callable[Concatenate[Reader, P], T]:
     @functools.wraps(method)
     def wrapped(reader: Reader, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        with explained(reader.path):
-            try:
-                return method(reader, *args, **kwargs)
-            except (ValueError, TypeError) as why:  # a number that is none, a text that should be one
-                raise CampaignError(damaged(reader.path, str(why))) from None
+        with undamaged(reader.path):
+            return method(reader, *args, **kwargs)
 
     return wrapped
 
@@ -97,9 +95,11 @@ class Reader:
             "ORDER BY number"
         )
         return [
-            Revision(
-                number=row[0], fingerprint=row[1], spec=_json(row[2]), created=row[3], command=row[4],
-                versions=_json(row[5]), machine=_json(row[6]),
+            _checked(
+                Revision(
+                    number=row[0], fingerprint=row[1], spec=_json(row[2]), created=row[3], command=row[4],
+                    versions=_json(row[5]), machine=_json(row[6]),
+                )
             )
             for row in rows
         ]  # fmt: skip
@@ -128,10 +128,13 @@ class Reader:
             (not current,),
         )
         return [
-            Cell(
-                id=row[0], key=row[1], position=row[2], current=bool(row[3]), workload=row[4], epoch=row[5],
-                until=row[6], label=row[7], policy=None if row[8] is None else _json(row[8]),
-                swept=_json(row[9]), wanted=row[10], stopped=row[11],
+            _checked(
+                Cell(
+                    id=row[0], key=row[1], position=row[2], current=bool(row[3]), workload=row[4],
+                    epoch=row[5], until=row[6], label=row[7],
+                    policy=None if row[8] is None else _json(row[8]), swept=_json(row[9]), wanted=row[10],
+                    stopped=row[11],
+                )
             )
             for row in rows
         ]  # fmt: skip
@@ -140,7 +143,9 @@ class Reader:
     def strata(self) -> list[Stratum]:
         """The strata of all cells that have some."""
         rows = self._rows("SELECT id, cell, layer, field, bits, weight FROM strata ORDER BY id")
-        return [Stratum(id=a, cell=b, layer=c, field=d, bits=e, weight=f) for a, b, c, d, e, f in rows]
+        return [
+            _checked(Stratum(id=a, cell=b, layer=c, field=d, bits=e, weight=f)) for a, b, c, d, e, f in rows
+        ]
 
     @_explained
     def runs(self) -> list[Run]:
@@ -149,9 +154,11 @@ class Reader:
             "SELECT id, workload, seed, until, exact, checkpoints FROM runs ORDER BY workload, seed"
         )
         return [
-            Run(
-                id=row[0], workload=row[1], seed=row[2], until=row[3],
-                exact=None if row[4] is None else bool(row[4]), checkpoints=_epochs(row[5]),
+            _checked(
+                Run(
+                    id=row[0], workload=row[1], seed=row[2], until=row[3],
+                    exact=None if row[4] is None else bool(row[4]), checkpoints=_epochs(row[5]),
+                )
             )
             for row in rows
         ]  # fmt: skip
@@ -183,6 +190,7 @@ class Reader:
             else:
                 found[name] = integers(column, absent.get(name, 0)) if name != "seed" else _seeds(column)
         found["flips_kept"] = found["flips_kept"] != 0
+        check_ends(set(zip(found["state"], found["outcome"], strict=True)))
         return Trials(**found)
 
     @_explained
@@ -217,10 +225,12 @@ class Reader:
         """The tensors that were hit, by id."""
         rows = self._rows("SELECT id, workload, name, shape, dtype, layer, role FROM tensors ORDER BY id")
         return {
-            row[0]: TensorRow(
-                id=row[0], workload=row[1], name=row[2],
-                shape=msgspec.json.decode(row[3], type=tuple[int, ...]), dtype=row[4], layer=row[5],
-                role=row[6],
+            row[0]: _checked(
+                TensorRow(
+                    id=row[0], workload=row[1], name=row[2],
+                    shape=msgspec.json.decode(row[3], type=tuple[int, ...]), dtype=row[4], layer=row[5],
+                    role=row[6],
+                )
             )
             for row in rows
         }  # fmt: skip
@@ -230,7 +240,7 @@ class Reader:
         """How far faults had spread, by trial, epoch and the layer's position."""
         fields = SpreadRow.__struct_fields__
         rows = self._rows(f"SELECT {', '.join(fields)} FROM propagation ORDER BY trial, epoch, position")
-        return [SpreadRow(*_spread(row)) for row in rows]
+        return [_checked(SpreadRow(*_spread(row))) for row in rows]
 
     @_explained
     def attempts(self, *, latest: int | None = None) -> list[Attempt]:
@@ -247,11 +257,15 @@ class Reader:
             rows = self._rows(sql.format("ORDER BY id"))
         else:
             rows = self._rows(sql.format("WHERE trial IS NOT NULL ORDER BY id DESC LIMIT ?"), (latest,))[::-1]
+        for row in rows:
+            check_time(row[6])
         return [
-            Attempt(
-                id=row[0], task=row[1], trial=row[2], state=row[3], signal=row[4], message=row[5],
-                ended=row[6], seconds=row[7], phases=_json(row[8]), executor=row[9], host=row[10],
-                pid=row[11], versions=_json(row[12]),
+            _checked(
+                Attempt(
+                    id=row[0], task=row[1], trial=row[2], state=row[3], signal=row[4], message=row[5],
+                    ended=row[6], seconds=row[7], phases=_json(row[8]), executor=row[9], host=row[10],
+                    pid=row[11], versions=_json(row[12]),
+                )
             )
             for row in rows
         ]  # fmt: skip
@@ -264,6 +278,7 @@ class Reader:
             "SELECT cell, stratum, state, outcome, COUNT(*) FROM trials "
             "GROUP BY cell, stratum, state, outcome"
         )
+        check_ends(row[2:4] for row in rows)
         for cell, stratum, state, outcome, count in rows:
             counts = found.setdefault(cell, CellCounts())
             counts.states[state] = counts.states.get(state, 0) + count
@@ -287,6 +302,11 @@ class Reader:
 
         return {table: self._rows(sql) for table, sql in VALUES.items()}
 
+    @_explained
+    def check(self) -> None:
+        """Look at every row of every table, as nothing else does: each value is of its column's kind."""
+        check_rows(self.connection)
+
     def _curves(self, table: str, owner: str, metric: str) -> Curves:
         rows = self._rows(
             f"SELECT {owner}, epoch, value FROM {table} "
@@ -298,6 +318,11 @@ class Reader:
 
     def _rows(self, sql: str, values: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
         return self.connection.execute(sql, values).fetchall()
+
+
+def _checked(made: T) -> T:
+    """A struct whose fields are of the types that they are said to be; else a ValidationError."""
+    return msgspec.convert(msgspec.to_builtins(made, builtin_types=(bytes,)), type(made))
 
 
 def _spread(row: tuple[Any, ...]) -> tuple[Any, ...]:

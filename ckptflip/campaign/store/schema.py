@@ -16,6 +16,8 @@ from ckptflip.errors import CampaignError
 VERSION = 1
 # "ckpf" in ASCII, in the header of every store: tells it from other SQLite files.
 APPLICATION = 0x636B7066
+# How a trial may end; those that are done have an outcome.
+STATES = ("done", "crashed", "hung", "out-of-memory")
 
 # NaN has no place in SQLite, where it becomes NULL: a NULL value is NaN, a value that was not measured has no
 # row. Words and bit sets are unsigned; SQLite keeps them as the signed number of the same 64 bits.

@@ -10,7 +10,6 @@ from typing import Any
 
 import msgspec
 
-from ckptflip.campaign.store.opening import explained
 from ckptflip.campaign.store.reading import Reader
 from ckptflip.errors import CampaignError
 
@@ -33,17 +32,16 @@ def unite_cells(connection: sqlite3.Connection, reader: Reader, seen: Sequence[P
     Raises:
         CampaignError: a cell has other strata than before.
     """
-    with explained(reader.path):
-        source = reader.connection
-        connection.executemany(
-            f"INSERT INTO cells ({_CELL}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (key) DO "
-            "UPDATE SET current = MAX(current, excluded.current), wanted = MAX(wanted, excluded.wanted), "
-            "stopped = COALESCE(stopped, excluded.stopped)",
-            source.execute(f"SELECT {_CELL} FROM cells ORDER BY id"),
-        )
-        new = dict(connection.execute("SELECT key, id FROM cells"))
-        cells = {number: new[key] for number, key in source.execute("SELECT id, key FROM cells")}
-        return cells, _unite_strata(connection, reader, cells, seen)
+    source = reader.connection
+    connection.executemany(
+        f"INSERT INTO cells ({_CELL}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (key) DO "
+        "UPDATE SET current = MAX(current, excluded.current), wanted = MAX(wanted, excluded.wanted), "
+        "stopped = COALESCE(stopped, excluded.stopped)",
+        source.execute(f"SELECT {_CELL} FROM cells ORDER BY id"),
+    )
+    new = dict(connection.execute("SELECT key, id FROM cells"))
+    cells = {number: new[key] for number, key in source.execute("SELECT id, key FROM cells")}
+    return cells, _unite_strata(connection, reader, cells, seen)
 
 
 def _unite_strata(connection: sqlite3.Connection, reader: Reader, cells: Ids, seen: Sequence[Path]) -> Ids:
@@ -85,31 +83,30 @@ def unite_runs(connection: sqlite3.Connection, reader: Reader, seen: Sequence[Pa
     Raises:
         CampaignError: a run differs from the one that is there; the message names the first value that does.
     """
-    with explained(reader.path):
-        source = reader.connection
-        connection.executemany(
-            "INSERT OR IGNORE INTO metrics (name) VALUES (?)",
-            source.execute("SELECT name FROM metrics ORDER BY id"),
-        )
-        named = dict(connection.execute("SELECT name, id FROM metrics"))
-        metrics = {number: named[name] for number, name in source.execute("SELECT id, name FROM metrics")}
-        names = {number: name for name, number in named.items()}
-        runs: Ids = {}
-        rows = source.execute(
-            "SELECT id, workload, seed, until, exact, checkpoints FROM runs ORDER BY workload, seed"
-        ).fetchall()
-        for number, *row in rows:
-            runs[number] = _unite_run(connection, tuple(row))
-            values = {
-                (epoch, names[metrics[metric]], metrics[metric]): value
-                for metric, epoch, value in source.execute(
-                    "SELECT metric, epoch, value FROM run_values WHERE run = ?", (number,)
-                )
-            }
-            _unite_values(connection, runs[number], values, f"{reader.path} and {_named(seen)}", row)
-            states = dict(source.execute("SELECT epoch, digest FROM run_states WHERE run = ?", (number,)))
-            _unite_states(connection, runs[number], states, f"{reader.path} and {_named(seen)}", row)
-        return runs, metrics
+    source = reader.connection
+    connection.executemany(
+        "INSERT OR IGNORE INTO metrics (name) VALUES (?)",
+        source.execute("SELECT name FROM metrics ORDER BY id"),
+    )
+    named = dict(connection.execute("SELECT name, id FROM metrics"))
+    metrics = {number: named[name] for number, name in source.execute("SELECT id, name FROM metrics")}
+    names = {number: name for name, number in named.items()}
+    runs: Ids = {}
+    rows = source.execute(
+        "SELECT id, workload, seed, until, exact, checkpoints FROM runs ORDER BY workload, seed"
+    ).fetchall()
+    for number, *row in rows:
+        runs[number] = _unite_run(connection, tuple(row))
+        values = {
+            (epoch, names[metrics[metric]], metrics[metric]): value
+            for metric, epoch, value in source.execute(
+                "SELECT metric, epoch, value FROM run_values WHERE run = ?", (number,)
+            )
+        }
+        _unite_values(connection, runs[number], values, f"{reader.path} and {_named(seen)}", row)
+        states = dict(source.execute("SELECT epoch, digest FROM run_states WHERE run = ?", (number,)))
+        _unite_states(connection, runs[number], states, f"{reader.path} and {_named(seen)}", row)
+    return runs, metrics
 
 
 def _unite_run(connection: sqlite3.Connection, row: tuple[Any, ...]) -> int:
@@ -184,20 +181,18 @@ def unite_tensors(connection: sqlite3.Connection, reader: Reader) -> Ids:
     Returns:
         Their ids.
     """
-    with explained(reader.path):
-        rows = reader.connection.execute(
-            "SELECT id, workload, name, shape, dtype, layer, role FROM tensors"
-        ).fetchall()
-        connection.executemany(
-            "INSERT OR IGNORE INTO tensors (workload, name, shape, dtype, layer, role) "
-            "VALUES (?, ?, ?, ?, ?, ?)",
-            [row[1:] for row in rows],
-        )
-        new = {
-            tuple(row[1:]): row[0]
-            for row in connection.execute("SELECT id, workload, name, shape, dtype FROM tensors")
-        }
-        return {row[0]: new[row[1:5]] for row in rows}
+    rows = reader.connection.execute(
+        "SELECT id, workload, name, shape, dtype, layer, role FROM tensors"
+    ).fetchall()
+    connection.executemany(
+        "INSERT OR IGNORE INTO tensors (workload, name, shape, dtype, layer, role) VALUES (?, ?, ?, ?, ?, ?)",
+        [row[1:] for row in rows],
+    )
+    new = {
+        tuple(row[1:]): row[0]
+        for row in connection.execute("SELECT id, workload, name, shape, dtype FROM tensors")
+    }
+    return {row[0]: new[row[1:5]] for row in rows}
 
 
 _WHY = (

@@ -142,9 +142,11 @@ def gather(store: str | Path, metric: str | None = None) -> Gathered:
         UsageError: the store holds no such metric.
         CampaignError: the store cannot be read.
     """
+    from ckptflip.campaign.store.opening import undamaged
     from ckptflip.campaign.store.reading import reading
 
-    with reading(Path(store)) as reader:
+    with reading(Path(store)) as reader, undamaged(reader.path):
+        reader.check()
         spec = reader.spec()
         judged = _judged(spec, metric, reader.metrics())
         current = sorted(reader.cells(current=True), key=lambda cell: cell.position)
