@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import os
 import re
@@ -16,7 +18,7 @@ from ckptflip.campaign import worker
 from ckptflip.campaign.task import CleanResult, CleanTask
 from ckptflip.campaign.trial import Rows
 from ckptflip.checkpoints.files import new_file
-from ckptflip.errors import WorkloadError
+from ckptflip.errors import CampaignError, WorkloadError
 from ckptflip.training import harness
 from ckptflip.training.workload import Workload
 
@@ -97,11 +99,26 @@ def noted(folder: Path) -> CleanResult:
 
 
 def _saved(workload: Workload, path: Path) -> str:
-    """Save a checkpoint, under its name only when it is complete and on disk; its digest."""
+    """Save a checkpoint, under its name only when it is complete and on disk; its digest.
+
+    Raises:
+        CampaignError: the disk is full.
+    """
     draft = path.with_name(f"draft{path.suffix}")
     if draft.is_dir():
         shutil.rmtree(draft)
-    workload.save(draft)
+    try:
+        workload.save(draft)
+    except Exception as why:
+        # HDF5 says it in the midst of its own words, with pointers.
+        if getattr(why, "errno", None) != errno.ENOSPC and os.strerror(errno.ENOSPC) not in str(why):
+            raise
+        with contextlib.suppress(OSError):
+            shutil.rmtree(draft) if draft.is_dir() else draft.unlink()
+        raise CampaignError(
+            f"{path} cannot be written: {os.strerror(errno.ENOSPC)}. Free space there, and run the same "
+            "command again"
+        ) from None
     for one in draft.rglob("*") if draft.is_dir() else [draft]:
         if one.is_file():
             with one.open("rb") as file:

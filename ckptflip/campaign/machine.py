@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
+import sys
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from ckptflip import __version__
@@ -32,6 +35,13 @@ def machine() -> dict[str, Any]:
         "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "system": f"{platform.system()} {platform.release()}",
     }
+
+
+def command_line() -> str:
+    """The command that was given, as a shell takes it; the program by its name alone, wherever it lies."""
+    program = Path(sys.argv[0])
+    name = program.parent.name if program.name == "__main__.py" else program.name
+    return shlex.join([name, *sys.argv[1:]])
 
 
 def versions() -> dict[str, str]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from ckptflip.campaign.shards import Shard, complete_shard
 from ckptflip.campaign.spec import BAD
 from ckptflip.campaign.store.lock import Holder, holder_of
 from ckptflip.campaign.store.opening import undamaged
@@ -73,6 +74,7 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True):
         per_hour: trials finished per hour, lately; None: not known yet.
         rule: whether a rule may stop cells before they have all trials.
         writer: the process that runs it now; None: none does.
+        shard: the part of the campaign that this store is for, where all of that is there.
     """
 
     name: str
@@ -82,6 +84,7 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True):
     per_hour: float | None
     rule: bool
     writer: Holder | None
+    shard: Shard | None = None
 
     @property
     def trials(self) -> int:
@@ -152,7 +155,18 @@ def progress_of(reader: Reader) -> Progress:
             per_hour=pace(reader.attempts(latest=_RECENT)),
             rule=bool(stop),
             writer=holder_of(reader.path),
+            shard=_shard(reader),
         )
+
+
+def _shard(reader: Reader) -> Shard | None:
+    command = reader.revisions()[-1].command
+    if "--shard" not in command:
+        return None  # and spare reading the trials
+    trials, cells = reader.trials(), reader.cells()
+    current = {cell.id for cell in cells}
+    names = zip(trials.cell.tolist(), trials.number.tolist(), strict=True)
+    return complete_shard(command, cells, {name for name in names if name[0] in current})
 
 
 def pace(attempts: Sequence[Attempt]) -> float | None:

@@ -6,7 +6,6 @@ It can be killed at any moment: what is finished is in the store, and the next c
 from __future__ import annotations
 
 import shutil
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,8 +19,8 @@ from ckptflip.campaign.cells import Planned, expand
 from ckptflip.campaign.clean_stage import clean_folder, ready
 from ckptflip.campaign.events import Happened, Told
 from ckptflip.campaign.executors import Limits, start
-from ckptflip.campaign.machine import environment_of, machine, versions
-from ckptflip.campaign.shards import WHOLE, Shard
+from ckptflip.campaign.machine import command_line, environment_of, machine, versions
+from ckptflip.campaign.shards import WHOLE, Shard, check_shard
 from ckptflip.campaign.spec import Campaign
 from ckptflip.campaign.store import Writer, writing
 from ckptflip.campaign.store.rows import Cell
@@ -38,6 +37,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
         found: trials that were finished before.
         failed: trials that crashed, hung or ran out of memory, in all.
         seconds: wall time.
+        rest: whether trials are left for other shards.
     """
 
     cells: int
@@ -45,6 +45,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     found: int
     failed: int
     seconds: float
+    rest: bool = False
 
 
 def run(
@@ -82,11 +83,11 @@ def run(
     began = time.perf_counter()
     spec = campaign if isinstance(campaign, Campaign) else loading.load(campaign)
     cells = expand(spec) if cells is None else cells
-    _check_shard(shard, spec)
+    check_shard(shard, spec)
     store = Path(store)
     with writing(store) as writer:
         _check_labels(writer, cells)
-        edited = _revise(writer, spec, extend, command)
+        edited = _revise(writer, spec, cells, extend, command)
         writer.put_cells([_row(cell) for cell in cells], reopen=edited)
         if retry:
             _drop_failed(writer, told)
@@ -94,12 +95,19 @@ def run(
         found, _ = _count(finished, cells)
         if unfinished(spec, cells, finished, writer, shard):
             _work(spec, cells, finished, writer, store, shard, executor, workers, told or _silent)
+        # A shard may have been the last one that this store lacked.
+        rest = shard != WHOLE and unfinished(spec, cells, finished, writer, WHOLE)
         total, failed = _count(finished, cells)
     if not failed:
         # Logs of workers, which nobody asks for now.
         shutil.rmtree(_spool(store), ignore_errors=True)
     summary = Summary(
-        cells=len(cells), ran=total - found, found=found, failed=failed, seconds=time.perf_counter() - began
+        cells=len(cells),
+        ran=total - found,
+        found=found,
+        failed=failed,
+        seconds=time.perf_counter() - began,
+        rest=rest,
     )
     if failed:
         raise FailedTrialsError(
@@ -141,15 +149,16 @@ def _work(
         pool.close(cancel=not complete)
 
 
-def _revise(writer: Writer, spec: Campaign, extend: bool, command: str) -> bool:
+def _revise(writer: Writer, spec: Campaign, cells: Sequence[Planned], extend: bool, command: str) -> bool:
     """Take note of a new or edited spec, or refuse it; whether it is edited."""
     revisions = writer.reader.revisions()
     mark = loading.fingerprint(spec)
     if revisions and revisions[-1].fingerprint != mark:
         _check_edited(loading.convert(revisions[-1].spec), spec, extend, writer.reader.path)
+        _check_amounts(writer, spec, cells)
     if not revisions or revisions[-1].fingerprint != mark:
         writer.revise(
-            spec=loading.plain_of(spec), fingerprint=mark, command=command or " ".join(sys.argv),
+            spec=loading.plain_of(spec), fingerprint=mark, command=command or command_line(),
             versions=versions(), machine=machine(),
         )  # fmt: skip
         return bool(revisions)
@@ -170,6 +179,21 @@ def _check_labels(writer: Writer, cells: Sequence[Planned]) -> None:
             raise UsageError(
                 f"workload {cell.workload_label!r} is called {label!r} in {writer.path}: keep its label, or "
                 "name another store"
+            )
+
+
+def _check_amounts(writer: Writer, spec: Campaign, cells: Sequence[Planned]) -> None:
+    """Refuse a spec that fixes fewer trials of a cell than it has: a finished one is never taken away."""
+    revisions = writer.reader.revisions()
+    if not revisions or (revisions[-1].spec.get("trials") or {}).get("stop") or spec.trials.stop is not None:
+        return  # how far a rule went is its own affair
+    counts, asked = writer.reader.counts(), {cell.key: cell.wanted for cell in cells}
+    for row in writer.reader.cells():
+        done = counts[row.id].trials if row.id in counts else 0
+        if done > asked.get(row.key, done):
+            raise UsageError(
+                f"{writer.path} has {done} trials of {row.label!r}, and the spec wants {asked[row.key]}: "
+                f"--extend adds trials and takes none away. Ask for {done} or more, or name another store"
             )
 
 
@@ -201,14 +225,6 @@ def _check_edited(old: Campaign, new: Campaign, extend: bool, store: Path) -> No
         raise UsageError(
             f"{store} was begun with another spec; it differs in: {', '.join(differ)}. --extend adds what is "
             "new and keeps what is finished; or name another store (one without finished trials may go)"
-        )
-
-
-def _check_shard(shard: Shard, spec: Campaign) -> None:
-    if shard.of > 1 and (spec.trials.stop is not None or spec.trials.strata):
-        raise UsageError(
-            "a stop rule, and strata, decide by the outcomes of all trials, which a shard does not have: "
-            "give trials.per_cell without strata, or run it on Ray or Slurm"
         )
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,16 +67,19 @@ def command(
         cells = expand(spec)
     except UsageError as why:
         raise UsageError(f"campaign {campaign}: {why}") from None
+    from ckptflip.campaign import shards
+
+    part = shards.parse(shard) if shard is not None else shards.WHOLE
+    shards.check_shard(part, spec)
     if dry_run:
         _list_cells(spec, cells)
         _look(spec, cells, store)
         return
     if store is None:
         raise UsageError("name the file for the results: --store runs.db")
-    from ckptflip.campaign import runner, shards
+    from ckptflip.campaign import runner
 
-    part = shards.parse(shard) if shard is not None else shards.WHOLE
-    with _Progress(quiet=quiet) as progress:
+    with _Progress(quiet=quiet) as progress, _terminable():
         try:
             summary = runner.run(
                 spec,
@@ -89,9 +95,12 @@ def command(
         except KeyboardInterrupt:
             progress.say("what is finished is kept; the same command goes on")
             raise
+    following = f"ckptflip report {store} -o report/"
+    if summary.rest:
+        following = f"ckptflip merge {store} and the stores of the other shards"
     progress.say(
-        f"{summary.ran} trials in {summary.seconds:.1f} s, {summary.found} were there; "
-        f"{summary.cells} cells. Next: ckptflip report {store} -o report/"
+        f"{summary.ran} trials in {summary.seconds:.1f} s, {summary.found} were there; {summary.cells} cells"
+        f"{f'; shard {part.index}/{part.of} complete' if summary.rest else ''}. Next: {following}"
     )
     click.echo(store)
 
@@ -116,11 +125,27 @@ def _look(spec: Any, cells: Any, store: Path | None) -> None:
     folder = None if store is None else clean_folder(store)
     found = dry_run.look(spec, cells, folder)
     say(f"found {many(found.workloads, 'workload')}; not started, so data may still be missing")
+    say(f"metric not checked: that a workload gives {spec.metric.name!r} shows in its clean run")
     if found.tried:
         say(f"drew once for {many(found.tried, 'altered cell')} on the clean checkpoints: possible")
     if found.untried:
         where = "no --store is named" if folder is None else f"their checkpoints are not yet in {folder}"
         say(f"no tensor was looked for of {many(found.untried, 'altered cell')}: {where}")
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """End as an interrupt does when the system asks for it (SIGTERM), workers and all; a second one kills."""
+
+    def end(*_: object) -> None:
+        signal.signal(signal.SIGTERM, before)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class _Progress:

@@ -86,6 +86,8 @@ def _summary(found: Progress) -> str:
         parts.append(f"{found.per_hour:,.0f} per hour")
     if not found.left:
         parts.append("complete")
+    elif found.shard is not None:
+        parts.append(f"shard {found.shard.index}/{found.shard.of} complete")
     elif found.seconds_left is not None:
         parts.append(f"{_span(found.seconds_left)} left")
     parts.append(f"run by {found.writer}" if found.writer else "not running")
@@ -117,13 +119,37 @@ def _watch(store: str) -> None:
 
     from ckptflip.campaign.progress import progress
 
-    with Live(console=Console(highlight=False), auto_refresh=False) as live:
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        _follow(store)
+        return
+    with Live(console=console, auto_refresh=False) as live:
         while True:
             found = progress(store)
             live.update(Group(_drawn(found), Text(_harmless(_summary(found)))), refresh=True)
             if not found.left or found.writer is None:
                 return
             time.sleep(_EVERY)
+
+
+def _follow(store: str) -> None:
+    """Where no terminal shows a table that changes: a line whenever a trial is done, the table at the end."""
+    import time
+
+    from ckptflip.campaign.progress import progress
+    from ckptflip.cli.output import emit, say
+
+    told = -1
+    while True:
+        found = progress(store)
+        if not found.left or found.writer is None:
+            break
+        if found.trials != told:
+            say(_summary(found))
+            told = found.trials
+        time.sleep(_EVERY)
+    emit([_shown(cell) for cell in found.cells], _SHOWN, "table")
+    say(_summary(found))
 
 
 def _drawn(found: Progress) -> Table:

@@ -125,6 +125,7 @@ def test_a_dry_run_says_what_it_did_not_look_for(trained: Path) -> None:
     spec = trained.parent / "spec.toml"
     said = ckptflip("run", spec, "--dry-run").stderr
     assert "found 1 workload; not started" in said
+    assert "metric not checked: that a workload gives 'accuracy' shows in its clean run" in said
     assert "no tensor was looked for of 8 altered cells: no --store is named" in said
     said = ckptflip("run", spec, "--dry-run", "--store", trained.parent / "other.db").stderr
     assert "altered cells: their checkpoints are not yet in" in said and "other.db.clean" in said

@@ -211,18 +211,35 @@ def test_shards_unite_to_the_whole(tmp_path: Path, undisturbed: Any) -> None:
     parts = [tmp_path / f"part{i}.db" for i in (1, 2, 3)]
     for i, part in enumerate(parts, 1):
         run(spec, part, "--shard", f"{i}/3")
+    told = run(spec, parts[0], "--shard", "1/3").stderr
+    assert f"10 cells; shard 1/3 complete. Next: ckptflip merge {parts[0]} and the stores" in told
+    assert ", shard 1/3 complete, not running" in ckptflip("status", parts[0]).stderr
     sizes = [len(values(part)["trials"]) for part in parts]
     assert sum(sizes) == 34 and min(sizes) > 8
     done = ckptflip("merge", *parts, "-o", tmp_path / "all.db")
     assert done.returncode == 0, done.stderr
-    # The united store is complete: nothing is left to run.
-    assert "0 trials in" in run(spec, tmp_path / "all.db").stderr
+    # The united store is complete, and says so: nothing is left to run.
     assert values(tmp_path / "all.db") == undisturbed
+    assert "34 of 34 trials" in ckptflip("status", tmp_path / "all.db").stderr
+    assert "0 trials in" in run(spec, tmp_path / "all.db").stderr
+
+
+def test_shards_in_one_store_make_the_whole(tmp_path: Path, undisturbed: Any) -> None:
+    spec, store = written(tmp_path, options="slow = 0.06"), tmp_path / "runs.db"
+    run(spec, store, "--shard", "1/2")
+    assert f"Next: ckptflip report {store}" in run(spec, store, "--shard", "2/2").stderr
+    assert values(store) == undisturbed
 
 
 def test_a_shard_takes_no_stop_rule(tmp_path: Path) -> None:
     spec = written(tmp_path, trials="stop = { half_width = 0.2 }")
     assert "a stop rule" in run(spec, tmp_path / "x.db", "--shard", "1/2", expect=2).stderr
+
+
+@pytest.mark.parametrize("shard", ["0/1", "3/2", "a", "1/0"])
+def test_a_dry_run_refuses_what_is_no_shard(tmp_path: Path, shard: str) -> None:
+    done = ckptflip("run", written(tmp_path), "--shard", shard, "--dry-run")
+    assert done.returncode == 2 and f"shard {shard!r}: write 2/4" in done.stderr
 
 
 def test_an_edited_spec_is_noticed(tmp_path: Path) -> None:
@@ -235,6 +252,9 @@ def test_an_edited_spec_is_noticed(tmp_path: Path) -> None:
     run(spec, store, "--extend")
     after = values(store)["trials"]
     assert set(before) < set(after) and len(after) == len(before) + 8
+    written(tmp_path, trials="per_cell = 2")
+    said = run(spec, store, "--extend", expect=2).stderr
+    assert "has 3 trials of" in said and "the spec wants 2: --extend adds trials and takes none away" in said
     spec.write_text(spec.read_text().replace("seed = 11", "seed = 12"))
     assert "differs in: seed" in run(spec, store, "--extend", expect=2).stderr
 
@@ -400,7 +420,8 @@ def test_another_bit_in_a_clean_run_is_noticed(tmp_path: Path) -> None:
     assert "other" in run(spec, store, "--extend", expect=1).stderr
 
 
-def test_an_interrupted_campaign_says_so_and_goes_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("asked", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_campaign_says_so_and_goes_on(tmp_path: Path, asked: signal.Signals) -> None:
     spec, store = written(tmp_path, options="slow = 0.2"), tmp_path / "runs.db"
     environment = _environment()
     process = subprocess.Popen(
@@ -410,9 +431,11 @@ def test_an_interrupted_campaign_says_so_and_goes_on(tmp_path: Path) -> None:
     deadline = time.monotonic() + 60
     while process.poll() is None and not _finished(store) and time.monotonic() < deadline:
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(asked)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in said, said
+    assert "what is finished is kept; the same command goes on" in said
+    assert said.endswith("Error: interrupted\n") and "resource_tracker" not in said, said
     run(spec, store)
     assert len(values(store)["trials"]) == 34
 

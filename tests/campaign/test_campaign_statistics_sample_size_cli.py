@@ -15,6 +15,7 @@ import pytest
 
 import ckptflip
 from ckptflip.campaign.statistics.eligible import Stratum, strata
+from ckptflip.campaign.statistics.sample_size import no_event_size, sample_size
 from ckptflip.cli.main import COMMANDS, run
 from ckptflip.errors import UsageError
 from ckptflip.faults.policy import Policy
@@ -38,6 +39,21 @@ def answer(capsys: pytest.CaptureFixture[str], *options: str) -> list[dict[str, 
     rows = json.loads(capsys.readouterr().out)
     assert isinstance(rows, list)
     return rows
+
+
+@pytest.mark.parametrize(
+    "options", [("--upper-bound", "1e-320"), ("--margin", "1e-300"), ("--margin", "1e-320")]
+)
+def test_what_no_campaign_reaches(capsys: pytest.CaptureFixture[str], options: tuple[str, ...]) -> None:
+    assert run(["sample-size", *options]) == 2
+    assert "is so small that no campaign reaches it; ask for a wider one" in capsys.readouterr().err
+
+
+def test_small_margins_of_a_population_need_all_of_it() -> None:
+    assert sample_size(1e-300, population=1000) == no_event_size(1e-320, population=1000) == 1000
+    assert sample_size(0.5, p=1e-320, population=1000) == 1
+    with pytest.raises(UsageError, match="margin is so small"):
+        sample_size(1e-300)
 
 
 def test_numbers_alone(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""A damaged store is told as such by every command that reads one: none falls over it, or takes it as it is."""
+"""Every command that reads a damaged store says so: none falls over it or takes it as it is."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_no_damage_is_more_than_a_message(
         ("UPDATE cells SET wanted = 'x' WHERE id = 1", "cells.wanted holds a value of the wrong kind"),
         ("UPDATE cells SET swept = '[]' WHERE id = 1", "cells.swept holds a value of the wrong kind"),
         ("UPDATE trials SET seed = 'x' WHERE id = 1", "is damaged: "),
-        ("UPDATE trial_values SET metric = metric + 8 WHERE trial = 1", "refers to one of metrics that is not"),
+        ("UPDATE trial_values SET metric = metric + 8 WHERE trial = 1", "to one of metrics that is not"),
         ("UPDATE tensors SET shape = '{}'", "tensors.shape holds a value of the wrong kind"),
     ],
 )  # fmt: skip

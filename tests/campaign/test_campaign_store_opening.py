@@ -11,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -167,13 +168,13 @@ def test_an_older_one_is_brought_up_to_date(store: Path, monkeypatch: pytest.Mon
 
 def test_an_older_one_that_nothing_brings_up_to_date(store: Path) -> None:
     older(store)
-    assert "store of version 0, which nothing brings to version 1" in refused_anyhow(store)
+    assert f"{store} is a store of version 0, which nothing brings to version 1" in refused(store)
 
 
-def refused_anyhow(store: Path) -> str:
-    with pytest.raises(CampaignError) as why, reading(store):
-        pass
-    return str(why.value)
+def test_of_a_version_that_there_never_was(store: Path) -> None:
+    with closing(sqlite3.connect(store)) as connection:
+        connection.execute("PRAGMA user_version = -5")
+    assert f"{store} is damaged: its version is -5" in refused(store)
 
 
 def test_a_step_that_fails_changes_nothing(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import ckptflip
+from ckptflip.campaign import clean as clean_runs
 from ckptflip.campaign import loading, worker
 from ckptflip.campaign import task as tasks
 from ckptflip.campaign.executors.worker_process import WARM
@@ -18,6 +19,7 @@ from ckptflip.campaign.machine import environment_of
 from ckptflip.campaign.outcomes import judge
 from ckptflip.campaign.spec import Metric
 from ckptflip.campaign.task import CleanResult, CleanTask, TrialResult, TrialTask, WorkloadSpec
+from ckptflip.errors import CampaignError
 from ckptflip.faults.policy import Policy
 
 EPOCH, UNTIL = 3, 9
@@ -284,3 +286,27 @@ def test_values_keep_nan_and_what_was_not_measured() -> None:
     result = TrialResult(values={"loss": (math.nan, None, math.inf)})
     again = tasks.decode_result(tasks.encode(result))
     assert repr(again.values["loss"]) == "(nan, None, inf)"
+
+
+@pytest.mark.parametrize(
+    "why",
+    [
+        OSError("Can't write data (file write failed: errno = 28, error message = 'No space left on device', "
+                "buf = 0x5581, total write size = 4096)"),
+        OSError(28, "No space left on device"),
+        RuntimeError("Unable to synchronously close file (No space left on device)"),
+    ],
+)  # fmt: skip
+def test_a_full_disk_is_told_in_words(tmp_path: Path, why: Exception) -> None:
+    class Full:
+        def save(self, path: Path) -> None:
+            path.write_bytes(b"half")
+            raise why
+
+    with pytest.raises(CampaignError) as told:
+        clean_runs._saved(Full(), tmp_path / "epoch_001.h5")  # type: ignore[arg-type]
+    assert str(told.value) == (
+        f"{tmp_path / 'epoch_001.h5'} cannot be written: No space left on device. Free space there, and run "
+        "the same command again"
+    )
+    assert not list(tmp_path.iterdir())

@@ -25,6 +25,7 @@ from ckptflip.report.campaign.gathering import gather
 from ckptflip.report.campaign.page import render
 from ckptflip.report.campaign.rates import cell_rows
 from ckptflip.report.campaign.words import percent
+from ckptflip.report.campaign.worst import worst
 
 SVG = re.compile(r"<svg.*?</svg>", re.DOTALL)
 
@@ -108,6 +109,36 @@ def test_the_worst_trials_come_with_their_flips(tiny_page):
     # 0.25 is 3e800000; bit 29 off: 1e800000, 0.25 / 2^64.
     assert "fc1.weight [2, 1] 29 3e800000 → 1e800000 0.25 → 1.35525272e-20" in said
     assert "final accuracy 0.9197, clean 0.9697" in said
+
+
+def test_the_cells_take_turns_among_the_worst(tmp_path):
+    with writing(tmp_path / "runs.db") as writer:
+        stores.begin(writer, stores.spec())
+        writer.put_cells([stores.cell("a", 0, "many"), stores.cell("b", 1, "few")])
+        stores.clean_runs(writer)
+        for number in range(12):
+            writer.put_trial(stores.trial(number, "collapsed", [0.1], ended="collapsed"), ATTEMPT)
+        for number, left in enumerate((0.6, 0.5)):
+            writer.put_trial(stores.trial(number, "degraded", [left] * 11, key="b"), ATTEMPT)
+    gathered = gather(tmp_path / "runs.db")
+    assert [(row.cell, row.number) for row in worst(gathered)] == [
+        *(("many", number) for number in range(8)), ("few", 1), ("few", 0),
+    ]  # fmt: skip
+
+
+def test_what_is_only_measured_has_no_columns_of_recovery(tmp_path):
+    with writing(tmp_path / "runs.db") as writer:
+        said = stores.spec() | {"metric": {"name": "auc", "better": "higher", "tolerance": 0.01}}
+        writer.revise(said, "abc", "ckptflip run e.toml", {}, {"memory": 25_276_514_304, "name": "x"})
+        writer.put_cells([stores.cell("a", 0, "1 flip", until=5)])
+        stores.clean_runs(writer)
+        writer.put_trial(stores.trial(0, "masked", [0.9], recovered=0), ATTEMPT)
+    said = text(page(write(tmp_path / "runs.db", tmp_path / "report")))
+    head = said[said.index("Condition Trials") :][:120]
+    columns = "Condition Trials identical masked degraded collapsed degraded or collapsed final AUC 1 flip"
+    assert " ".join(head.split()).startswith(columns)
+    assert "epochs to recover" not in said[: said.index("How the numbers are made")]
+    assert "memory 23.5 GiB" in said
 
 
 def test_clean_runs_noise_and_exactness(tiny_page):

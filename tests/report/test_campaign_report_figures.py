@@ -129,6 +129,36 @@ class TestShares:
             stems = [drawn.stem for drawn in shares.figures(tiny, hits.hits(tiny))]
         assert stems == ["outcomes-count", "outcomes-hit-field", "outcomes-hit-layer"]
 
+    @pytest.mark.parametrize("labels", [("signs", "conv1"), ("", "")])
+    def test_fields_that_divide_the_cells_alike_are_one_figure(self, tmp_path, labels):
+        policies = [{"bits": "sign", "count": 2}, {"bits": "mantissa", "layers": ["conv1"]}]
+        places = [(at, epoch) for epoch in (5, 6) for at in (0, 1)]
+        with writing(tmp_path / "runs.db") as writer:
+            stores.begin(writer, stores.spec())
+            stores.clean_runs(writer)
+            writer.put_cells(
+                [
+                    stores.cell(f"{at}-{epoch}", place, labels[at], policy=policies[at], epoch=epoch)
+                    for place, (at, epoch) in enumerate(places)
+                ]
+            )
+            for at, epoch in places:
+                lasting = [0.9] * (16 - epoch)
+                one = stores.trial(0, "masked", lasting, key=f"{at}-{epoch}", start=epoch, recovered=0)
+                writer.put_trial(one, ATTEMPT)
+        gathered = gather(tmp_path / "runs.db")
+        with drawing():
+            found = {drawn.title: drawn for drawn in shares.figures(gathered, hits.hits(gathered))}
+        name = "policy" if all(labels) else "bits, flips and layers"
+        assert list(found) == [
+            "Outcomes of each cell", "Outcomes by epoch of the altered checkpoint", f"Outcomes by {name}",
+        ]  # fmt: skip
+        bars = found[f"Outcomes by {name}"].figure.axes[0].get_yticklabels()
+        assert [bar.get_text() for bar in bars] == (
+            list(labels) if all(labels)
+            else ["bits sign, flips 2, layers not set", "bits mantissa, flips 1, layers conv1"]
+        )  # fmt: skip
+
     def test_pooled_cells_count_by_their_trials(self, many):
         cells = shares.by_cell(many)
         axis = axes(many.cells)[0]
@@ -142,6 +172,21 @@ class TestShares:
         assert len(drawn) == 6
         longest = max(len(t.get_text()) for t in drawn[0].figure.axes[0].get_yticklabels())
         assert longest <= 40
+
+
+def test_a_median_that_is_lost_after_its_first_point_is_a_dot(tmp_path):
+    with writing(tmp_path / "runs.db") as writer:
+        stores.begin(writer, stores.spec())
+        writer.put_cells([stores.cell("a", 0, "critical")])
+        stores.clean_runs(writer)
+        for number in range(6):
+            writer.put_trial(stores.trial(number, "collapsed", [0.1, math.nan], ended="collapsed"), ATTEMPT)
+    with drawing():
+        (drawn,) = bands.figures(gather(tmp_path / "runs.db"))
+    for panel in drawn.figure.axes:
+        (dot,) = [line for line in panel.lines if line.get_marker() == "o"]
+        shown = np.isfinite(dot.get_ydata().astype(float))
+        assert dot.get_xdata()[shown].tolist() == [5] and dot.get_ydata()[shown].tolist() == [0.1]
 
 
 class TestHeatMap:
@@ -203,7 +248,9 @@ class TestMeasured:
             stores.clean_runs(writer)
             for number, (outcome, value) in enumerate([("masked", 0.9), ("degraded", 0.5), ("masked", 0.8)]):
                 writer.put_trial(stores.trial(number, outcome, [value], recovered=0), ATTEMPT)
-            writer.put_trial(stores.trial(0, "collapsed", [None], key="b", ended="collapsed"), ATTEMPT)
+            writer.put_trial(stores.trial(0, "collapsed", [math.nan], key="b", ended="collapsed"), ATTEMPT)
+            writer.put_trial(stores.trial(1, "collapsed", [0.3], key="b", ended="collapsed"), ATTEMPT)
+            writer.put_trial(stores.trial(2, "masked", [0.9], key="b", recovered=0), ATTEMPT)
         return gather(path)
 
     def test_neither_convergence_nor_recovery(self, gathered):
@@ -217,13 +264,15 @@ class TestMeasured:
         panel = drawn.figure.axes[0]
         assert [label.get_text() for label in panel.get_yticklabels()] == [
             "1 flip (n = 3)",
-            "10 flips (n = 1)",
+            "10 flips (n = 3)",
         ]
         marks = [line for line in panel.lines if line.get_marker() == "o"]
-        assert [line.get_xdata().tolist() for line in marks] == [[0.9, 0.5, 0.8], []]
+        assert [line.get_xdata().tolist() for line in marks] == [[0.9, 0.5, 0.8], [0.9]]
+        # A cross is a collapsed trial: where it was measured, and at the edge where it could not be.
         crosses = [line.get_xdata().tolist() for line in panel.lines if line.get_marker() == "x"]
-        assert crosses == [[], [panel.get_xlim()[0]]]
-        assert [list(line.get_xdata()) for line in panel.lines if line.get_linewidth() == 2] == [[0.8, 0.8]]
+        assert crosses == [[], [panel.get_xlim()[0], 0.3]]
+        medians = [list(line.get_xdata()) for line in panel.lines if line.get_linewidth() == 2]
+        assert medians == [[0.8, 0.8], [0.3, 0.3]]
         clean = [line.get_xdata()[0] for line in panel.lines if line.get_linewidth() == 1.2]
         assert clean == pytest.approx([stores.CLEAN[5] + 0.002 * (seed - 1) for seed in range(3)])
 

@@ -12,6 +12,9 @@ from ckptflip.campaign.statistics.checks import Floats, Whole, at_least, inside,
 from ckptflip.campaign.statistics.intervals import exact_ends, normal_quantile
 from ckptflip.errors import UsageError
 
+# More trials than this are no answer.
+_MOST = 1 << 52
+
 
 def sample_size(
     margin: float, confidence: float = 0.95, p: float = 0.5, population: int | None = None
@@ -39,10 +42,12 @@ def sample_size(
         (9604, 4900)
     """
     e, rate = inside("margin", margin), inside("p", p)
-    most = normal_quantile(confidence) ** 2 * rate * (1 - rate) / e**2
+    most = normal_quantile(confidence) ** 2 * rate * (1 - rate) / e / e
     if population is None:
-        return max(1, ceil(round(most, 9)))
+        return max(1, ceil(round(_reachable("margin", most), 9)))
     n = at_least("population", population, 1)
+    if not most:  # a rate this near to 0 or 1
+        return 1
     return min(n, max(1, ceil(round(n / (1 + (n - 1) / most), 9))))
 
 
@@ -131,8 +136,16 @@ def no_event_size(rate: float, confidence: float = 0.95, population: int | None 
         >>> no_event_size(0.01), no_event_size(0.001)
         (299, 2995)
     """
-    n = ceil(log(1 - inside("confidence", confidence)) / log1p(-inside("upper bound", rate)) - 1e-9)
-    return max(1, n) if population is None else min(max(1, n), at_least("population", population, 1))
+    needed = log(1 - inside("confidence", confidence)) / log1p(-inside("upper bound", rate)) - 1e-9
+    if population is None:
+        return max(1, ceil(_reachable("upper bound", needed)))
+    return max(1, ceil(min(needed, at_least("population", population, 1))))
+
+
+def _reachable(name: str, trials: float) -> float:
+    if not trials <= _MOST:
+        raise UsageError(f"{name} is so small that no campaign reaches it; ask for a wider one")
+    return trials
 
 
 def _one(value: float) -> Floats:
@@ -144,8 +157,7 @@ def smallest(enough: Callable[[int], bool]) -> int:
     high = 1
     while not enough(high):
         high *= 2
-        if high > 1 << 52:
-            raise UsageError("margin is so small that no campaign reaches it; ask for a wider one")
+        _reachable("margin", high)
     low = high // 2
     while high - low > 1:
         middle = (low + high) // 2

@@ -22,6 +22,7 @@ from ckptflip.campaign.store.opening import (
 )
 from ckptflip.campaign.store.reading import Reader, reading
 from ckptflip.campaign.store.uniting import Ids, unite_cells, unite_runs, unite_tensors
+from ckptflip.campaign.store.writing import Writer
 from ckptflip.checkpoints.files import check_new, new_file
 from ckptflip.errors import CampaignError, UsageError
 
@@ -51,7 +52,8 @@ def merge(stores: Sequence[str | Path], out: str | Path, *, overwrite: bool = Fa
     """Make one store of several of the same campaign.
 
     Trials are united by cell, stratum and number; a failed one gives way to one that is done. Every attempt
-    and every revision of the spec is kept. The result equals the store that one machine would have made.
+    and every revision of the spec is kept. Cells that now have all they want are marked so. The result equals
+    the store that one machine would have made.
 
     Args:
         stores: the stores; they are not changed.
@@ -66,6 +68,8 @@ def merge(stores: Sequence[str | Path], out: str | Path, *, overwrite: bool = Fa
         CampaignError: a store cannot be read; they are of different campaigns; or a clean run or a trial
             that is in two of them differs.
     """
+    from ckptflip.campaign.settling import settle  # it stands on the store itself
+
     paths, target = [Path(store) for store in stores], Path(out)
     _check_names(paths, target, overwrite=overwrite)
     with only_writer(target):
@@ -80,6 +84,7 @@ def merge(stores: Sequence[str | Path], out: str | Path, *, overwrite: bool = Fa
             with explained(target):
                 sources.finish()
                 connection.execute("COMMIT")
+            settle(Writer(connection, target))
             counts = Reader(connection, target).counts().values()
             cells = Reader(connection, target).cells()
     return Merged(

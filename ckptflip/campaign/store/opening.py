@@ -225,6 +225,14 @@ def _check(connection: sqlite3.Connection, path: Path) -> int:
             f"{path} is a store of version {version}, and this ckptflip knows up to {schema.VERSION}: "
             "a newer ckptflip wrote it. Upgrade with pip install -U ckptflip. Nothing was changed"
         )
+    if version < 0:
+        raise CampaignError(damaged(path, f"its version is {version}"))
+    for old in range(version, schema.VERSION):
+        if old not in schema.STEPS:
+            raise CampaignError(
+                f"{path} is a store of version {old}, which nothing brings to version {old + 1}: read it "
+                "with the ckptflip that wrote it (`ckptflip export`)"
+            )
     (page,) = connection.execute("PRAGMA page_size").fetchone()
     # SQLite itself would take the missing end of the last page for zeros.
     if path.stat().st_size % page and not _log(path):

@@ -199,8 +199,9 @@ def _draw_band(
     if len(found.values) <= _FEW:
         for row in found.values:
             axes.plot(
-                found.epochs, np.where(np.isfinite(row), row, np.nan), color=colour, linewidth=1.6, zorder=3
-            )
+                found.epochs, np.where(np.isfinite(row), row, np.nan), color=colour, linewidth=1.6,
+                marker=_marker(row), markersize=4, zorder=3,
+            )  # fmt: skip
             _cross(axes, found.epochs, row, floor, colour)
         return
     if alone:
@@ -208,9 +209,15 @@ def _draw_band(
     axes.fill_between(found.epochs, held[1], held[3], color=colour, alpha=0.25, linewidth=0, zorder=2.6)
     median = found.quantiles[2]
     axes.plot(
-        found.epochs, np.where(np.isfinite(median), median, np.nan), color=colour, linewidth=2, zorder=3
-    )
+        found.epochs, np.where(np.isfinite(median), median, np.nan), color=colour, linewidth=2,
+        marker=_marker(median), markersize=4, zorder=3,
+    )  # fmt: skip
     _cross(axes, found.epochs, median, floor, colour)
+
+
+def _marker(values: Floats) -> str | None:
+    """A dot for a curve of one point alone, which no line would show."""
+    return "o" if np.isfinite(values).sum() == 1 else None
 
 
 def _cross(axes: Axes, epochs: Any, values: Floats, floor: float, colour: str) -> None:

@@ -50,6 +50,18 @@ def band(gathered: Gathered, cell: Cell) -> Band:
     return Band(epochs, values, _quantiles(values if higher else -values) * (1 if higher else -1), collapsed)
 
 
+def measured(gathered: Gathered, cell: Cell) -> tuple[Floats, NDArray[np.bool_]]:
+    """The drawn metric of a cell's altered checkpoints, of the trials that came to an end.
+
+    Returns:
+        float64[trials], NaN where there is none that is finite; and whether each trial collapsed.
+    """
+    chosen = gathered.of(cell)
+    table, _ = _table(gathered.curves, gathered.trials.id[chosen], np.array([cell.epoch]))
+    values = np.where(np.isfinite(table[:, 0]), table[:, 0], np.nan)
+    return values, gathered.trials.outcome[chosen] == "collapsed"
+
+
 def clean_table(gathered: Gathered, workload: str) -> tuple[NDArray[np.int64], Floats]:
     """The clean runs of a workload: epochs, and float64[runs, epochs] with NaN where nothing was measured."""
     runs = np.array([run.id for run in gathered.runs if run.workload == workload], np.int64)

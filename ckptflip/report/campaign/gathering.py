@@ -213,7 +213,10 @@ def _rows(columns: Any, chosen: NDArray[Any]) -> Any:
 
 
 def _worst(trials: Trials, cells: Sequence[int], higher: bool) -> list[int]:
-    """Collapsed trials first, those with the fewest altered bits before others; then by how much was lost."""
+    """Collapsed trials first, those with the fewest altered bits before others; then by how much was lost.
+
+    As many of each cell as there is room for.
+    """
     lost = (trials.clean_final - trials.final) * (1 if higher else -1)
     collapsed = trials.outcome == "collapsed"
     bad = np.isin(trials.cell, cells) & (collapsed | (trials.outcome == "degraded"))
@@ -226,7 +229,14 @@ def _worst(trials: Trials, cells: Sequence[int], higher: bool) -> list[int]:
             ~collapsed,
         )
     )
-    worst: list[int] = order[bad[order]][:_WORST].tolist()
+    order = order[bad[order]]
+    # The cells take turns, so that one of them alone does not fill the list.
+    turns = np.zeros(len(order), np.int64)
+    for cell in cells:
+        of_cell = trials.cell[order] == cell
+        turns[of_cell] = np.arange(of_cell.sum())
+    chosen = np.sort(np.argsort(turns, kind="stable")[:_WORST])
+    worst: list[int] = order[chosen].tolist()
     return worst
 
 
@@ -277,7 +287,7 @@ def _one_if_unsaid(policy: Mapping[str, Any]) -> Any:
 
 def _said(value: Any) -> str:
     if value is None or value in ("", [], ()):
-        return "any"
+        return "not set"
     if isinstance(value, list | tuple):
         return ", ".join(map(str, value))
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 import numpy as np
 
-from ckptflip.campaign.shards import Shard, parse
+from ckptflip.campaign.shards import Shard, complete_shard
 from ckptflip.campaign.spec import OUTCOMES
 from ckptflip.campaign.task import STATES
-from ckptflip.errors import UsageError
 from ckptflip.report.campaign.gathering import Gathered
 from ckptflip.report.campaign.rates import CellRow
 from ckptflip.report.campaign.words import listed, many, name, percent
@@ -111,20 +109,10 @@ def _open(gathered: Gathered, rows: Sequence[CellRow]) -> list[str]:
 
 
 def _shard(gathered: Gathered) -> Shard | None:
-    """The part of the campaign that is here and complete, by the last command; None where that is not so."""
-    asked = re.search(r"--shard[ =](\S+)", gathered.revisions[-1].command)
-    if asked is None:
-        return None
-    try:
-        shard = parse(asked[1])
-    except UsageError:  # the library's callers write what they like
-        return None
+    """The part of the campaign that is here and complete; None where that is not so."""
     cells = [*gathered.cells, *gathered.controls]
-    if any(cell.stopped is not None for cell in cells):
-        return None
-    there = set(zip(gathered.trials.cell.tolist(), gathered.trials.number.tolist(), strict=True))
-    wanted = {(c.id, n) for c in cells for n in range(c.wanted) if shard.holds(c.position, n)}
-    return shard if there == wanted else None
+    there = zip(gathered.trials.cell.tolist(), gathered.trials.number.tolist(), strict=True)
+    return complete_shard(gathered.revisions[-1].command, cells, set(there))
 
 
 def _capital(text: str) -> str:

@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
-from ckptflip.report.campaign.curves import Floats, band, clean_table
+from ckptflip.report.campaign.curves import Floats, clean_table, measured
 from ckptflip.report.campaign.drawing import INK, Drawn, canvas, legend_below, pages, stem
 from ckptflip.report.campaign.gathering import Gathered, groups, heading
 from ckptflip.report.style import COLOURS, NAMES, short
@@ -19,19 +20,20 @@ if TYPE_CHECKING:
 
 _ROWS = 24
 _CAPTION = (
-    "Each dot is a trial, measured as it was altered and not trained on; the bar is their median. "
-    "Lines from top to bottom are the clean runs. Collapsed trials rank as the worst of all: crosses at the "
-    "edge."
+    "Each mark is a trial, measured as it was altered and not trained on; crosses are those that collapsed. "
+    "Marks at the edge could not be measured, and rank as the worst of all; the bar is the median. "
+    "Lines from top to bottom are the clean runs."
 )
 # Multiples of the golden ratio spread dots over a line's height, however many there are.
 _GOLDEN = (5**0.5 - 1) / 2
 
 
 class _Row(NamedTuple):
-    """A condition: infinite values, on the bad side, are collapsed trials."""
+    """A condition: the metric of its trials, NaN where it could not be measured, and which collapsed."""
 
     name: str
     values: Floats
+    collapsed: NDArray[np.bool_]
 
 
 def figures(gathered: Gathered) -> Iterator[Drawn]:
@@ -52,11 +54,12 @@ def _rows(gathered: Gathered, cells: Sequence[Cell]) -> Iterator[_Row]:
     for cell in cells:
         if cell.until > cell.epoch:
             continue
-        values = band(gathered, cell).values[:, 0]
-        values = values[~np.isnan(values)]
-        if len(values):
+        values, collapsed = measured(gathered, cell)
+        # The drawn metric may be another than outcomes are judged by: one that was not measured at all.
+        shown = collapsed | ~np.isnan(values)
+        if shown.any():
             name = short(cell.label or cell.workload, 44, keep="both")
-            yield _Row(f"{name} (n = {len(values)})", values)
+            yield _Row(f"{name} (n = {shown.sum()})", values[shown], collapsed[shown])
 
 
 def _clean(gathered: Gathered, key: tuple[str, int]) -> Floats:
@@ -68,7 +71,7 @@ def _clean(gathered: Gathered, key: tuple[str, int]) -> Floats:
 
 
 def _limits(gathered: Gathered, key: tuple[str, int], rows: Sequence[_Row]) -> tuple[float, float]:
-    """From the least to the largest value, with room for crosses on the bad side."""
+    """From the least to the largest value, and room on the bad side for what could not be measured."""
     values = np.concatenate([_clean(gathered, key), *(row.values for row in rows)])
     finite = values[np.isfinite(values)]
     low, high = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 1.0)
@@ -88,7 +91,7 @@ def _figure(
         axes.axvline(value, color=INK, linewidth=1.2, alpha=0.6, zorder=1)
     edge = limits[0] if gathered.judged.drawn_higher else limits[1]
     for place, row in enumerate(rows):
-        _draw(axes, place, row.values, edge)
+        _draw(axes, place, row, edge, higher=gathered.judged.drawn_higher)
     axes.set_xlim(*limits)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_yticks(range(len(rows)), [row.name for row in rows])
@@ -105,15 +108,16 @@ def _figure(
     return figure
 
 
-def _draw(axes: Axes, place: int, values: Floats, edge: float) -> None:
-    colour, lost = COLOURS[1], np.isinf(values)
-    height = place + (np.arange(len(values)) * _GOLDEN % 1 - 0.5) * 0.6
-    axes.plot(values[~lost], height[~lost], "o", color=colour, markersize=3.5, alpha=0.45, markeredgewidth=0)
+def _draw(axes: Axes, place: int, row: _Row, edge: float, *, higher: bool) -> None:
+    colour, lost = COLOURS[1], row.collapsed
+    at = np.where(np.isnan(row.values), edge, row.values)
+    height = place + (np.arange(len(at)) * _GOLDEN % 1 - 0.5) * 0.6
+    axes.plot(at[~lost], height[~lost], "o", color=colour, markersize=3.5, alpha=0.45, markeredgewidth=0)
     axes.plot(
-        np.full(lost.sum(), edge), height[lost], "x", color=colour, markersize=5, markeredgewidth=1.4,
-        clip_on=False, zorder=5,
-    )  # fmt: skip
-    # Of an even number the worse one of the middle two: their mean could be infinite.
-    median = np.sort(values)[(len(values) - 1) // 2]
+        at[lost], height[lost], "x", color=colour, markersize=5, markeredgewidth=1.4, clip_on=False, zorder=5
+    )
+    # From bad to good; of an even number the worse one of the middle two, since one may be missing.
+    ranked = np.sort(np.where(np.isnan(row.values), -np.inf, row.values if higher else -row.values))
+    median = ranked[(len(ranked) - 1) // 2] * (1 if higher else -1)
     if np.isfinite(median):
         axes.plot([median] * 2, [place - 0.38, place + 0.38], color=colour, linewidth=2, zorder=4)

@@ -46,6 +46,7 @@ def render(gathered: Gathered, rows: Sequence[CellRow], figures: Mapping[str, Se
     environment.filters |= {
         "name": words.name, "lines": words.lines, "percent": words.percent, "number": words.number,
         "many": words.many, "grouped": words.grouped, "interval": interval,
+        "metric": words.metric,
         "shown": lambda figure: Markup(figure.svg),
     }  # fmt: skip
     return environment.get_template("index.html.j2").render(_context(gathered, rows, figures))
@@ -56,6 +57,8 @@ def _context(
 ) -> dict[str, Any]:
     spec, last = gathered.spec, gathered.revisions[-1]
     failed, more_failed = worst.failed(gathered)
+    # Of altered checkpoints that are only measured, none is slowed and none recovers.
+    trained = any(cell.until > cell.epoch for cell in gathered.cells)
     kinds = [(kind, title, _once(figures[kind])) for kind, title in _KINDS.items() if figures.get(kind)]
     return {
         "title": spec.get("title") or spec.get("name") or gathered.store,
@@ -65,7 +68,9 @@ def _context(
         "headline": headline(gathered, rows),
         "bar": _bar(gathered),
         "kinds": kinds,
-        "outcomes": OUTCOMES,
+        "outcomes": [each for each in OUTCOMES if trained or each != "slowed"],
+        "all_outcomes": OUTCOMES,
+        "trained": trained,
         "colours": {outcome: on_page(colour) for outcome, colour in OUTCOME_COLOURS.items()},
         "groups": _grouped(gathered, rows),
         "sequential": rates.stop_rule(gathered),
@@ -82,11 +87,17 @@ def _context(
         "exact": exactness(gathered),
         "former": gathered.former,
         "last": last,
+        "machine": {what: _sized(what, said) for what, said in last.machine.items()},
         "revisions": list(reversed(gathered.revisions)),
         "seeds": _seeds(gathered),
         "spec": msgspec.json.format(msgspec.json.encode(spec), indent=2).decode(),
         "isfinite": isfinite,
     }
+
+
+def _sized(what: str, said: Any) -> Any:
+    """What the record says of a machine, its memory in a unit that people read."""
+    return f"{said / 2**30:.1f} GiB" if what == "memory" and isinstance(said, int) else said
 
 
 def _once(figures: Sequence[Shown]) -> list[Shown]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,9 +20,13 @@ from ckptflip.report.campaign.drawing import (
     pages,
     stem,
 )
-from ckptflip.report.campaign.gathering import Gathered, axes
+from ckptflip.report.campaign.gathering import Axis, Gathered, axes
 from ckptflip.report.campaign.hits import Hits
+from ckptflip.report.campaign.words import listed
 from ckptflip.report.style import short
+
+if TYPE_CHECKING:
+    from ckptflip.campaign.store.rows import Cell
 
 _BARS = 30
 # Bars narrower than this share have no room for their number.
@@ -56,9 +60,15 @@ def figures(gathered: Gathered, hits: Hits) -> Iterator[Drawn]:
     found = axes(gathered.cells)
     if cells and len(found) != 1:
         yield from _of_cells(gathered, cells)
+    alike: dict[tuple[int, ...], list[Axis]] = {}
     for axis in found:
+        alike.setdefault(tuple(map(axis.values.index, axis.values)), []).append(axis)
+    for same in alike.values():
+        axis = _as_one(same, gathered.cells)
+        if len(found) > 1 and len(axis.order) == len(gathered.cells):
+            continue  # the bars of the cells again
         bars = by_axis(gathered, axis.values, axis.order)
-        pooled = " Cells that differ in other ways are pooled." if len(found) > 1 else ""
+        pooled = " Cells that differ in other ways are pooled." if len(alike) > 1 else ""
         sets.append((f"outcomes-{axis.field}", f"Outcomes by {axis.name}", pooled, bars))
     for what, name, bars in by_hit(gathered, hits):
         said = " Of trials that hit a single bit alone, from all cells, each counted once."
@@ -68,6 +78,23 @@ def figures(gathered: Gathered, hits: Hits) -> Iterator[Drawn]:
         for place, part in enumerate(parts):
             caption = _caption(part) + said
             yield Drawn(stem(family, place, len(parts)), title, caption, _figure(part))
+
+
+def _as_one(same: Sequence[Axis], cells: Sequence[Cell]) -> Axis:
+    """Fields that divide the cells alike, as those of a few policies do: one figure is enough."""
+    first, labels = same[0], [cell.label for cell in cells]
+    if len(same) == 1:
+        return first
+    alike = set(zip(first.values, labels, strict=True))
+    if all(labels) and len(alike) == len(set(labels)) == len(first.order):
+        name, values = "policy", labels
+    else:
+        name = listed([axis.name for axis in same])
+        values = [
+            ", ".join(f"{axis.name} {value}" for axis, value in zip(same, each, strict=True))
+            for each in zip(*(axis.values for axis in same), strict=True)
+        ]
+    return Axis(first.field, name, values, [values[first.values.index(value)] for value in first.order])
 
 
 def _of_cells(gathered: Gathered, bars: list[Bar]) -> Iterator[Drawn]:

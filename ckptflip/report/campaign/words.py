@@ -94,3 +94,13 @@ def lines(text: object, longest: int = 4000) -> str:
     """A stranger's text of several lines; other control characters become escapes."""
     said = "\n".join(harmless(line) for line in str(text).splitlines())
     return said if len(said) <= longest else f"{said[: longest - 1]}…"
+
+
+def metric(name: str) -> str:
+    """A metric as it is written in a sentence.
+
+    Example:
+        >>> metric("auc"), metric("accuracy")
+        ('AUC', 'accuracy')
+    """
+    return {"auc": "AUC"}.get(name, name)
