@@ -437,3 +437,21 @@ def test_bad_input_is_said(inputs):
     with pytest.raises(UsageError, match=r"bot_l.0 gives NaN"):
         clipping.calibrate(model, [inputs])
     assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_values_that_are_negated_when_read(way):
+    """PyTorch keeps `conj().imag` as other numbers with a mark; bounds are of what it stands for."""
+
+    class Imaginary(nn.Linear):
+        def forward(self, x):
+            return torch.complex(torch.zeros_like(x), super().forward(x)).conj().imag
+
+    model = nn.Sequential(Imaginary(4, 4)).eval()
+    calm, wild = torch.rand(8, 4), 100 * torch.rand(8, 4)
+    with torch.no_grad():
+        assert model(calm).is_neg()
+        bounds = clipping.calibrate(model, [calm], outside="bound")
+        low, high = model(calm).min(), model(calm).max()
+        expected = model(wild).clamp(low, high)
+        with clipping.clip(model, bounds):
+            assert torch.equal(model(wild), expected)

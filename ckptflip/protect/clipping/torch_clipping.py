@@ -125,6 +125,6 @@ def _observer(spread: Spread) -> Callable[[torch.nn.Module, Any, Any], None]:
         for _, tensor in leaves(output):
             if tensor.is_floating_point():
                 wide = torch.float64 if tensor.dtype is torch.float64 else torch.float32
-                spread.add(tensor.detach().to("cpu", wide).numpy())
+                spread.add(tensor.detach().to("cpu", wide).resolve_neg().numpy())
 
     return look

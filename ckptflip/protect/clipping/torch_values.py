@@ -147,6 +147,7 @@ class Clip:
             and tensor.dtype is torch.float32
             and tensor.is_cpu
             and tensor.is_contiguous()
+            and not tensor.is_neg()
         )
 
     def _by_torch(self, output: torch.Tensor) -> torch.Tensor:
