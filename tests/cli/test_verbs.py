@@ -229,7 +229,7 @@ def test_policy_files(cli, folder):
     assert code == 2 and "a policy was given and bits, ber too" in err
     (folder / "p.toml").write_text("cuont = 3\n")
     code, _, err = cli("inject", "a.h5", "--policy", "p.toml")
-    assert code == 2 and "known keys: tensors" in err
+    assert code == 2 and "p.toml, policy 1: there is no key 'cuont'; did you mean 'count'?" in err
     assert cli("inject", "a.h5", "--policy", "gone.toml")[0] == 2
 
 
