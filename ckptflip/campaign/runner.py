@@ -154,8 +154,10 @@ def _revise(writer: Writer, spec: Campaign, cells: Sequence[Planned], extend: bo
     revisions = writer.reader.revisions()
     mark = loading.fingerprint(spec)
     if revisions and revisions[-1].fingerprint != mark:
-        _check_edited(loading.convert(revisions[-1].spec), spec, extend, writer.reader.path)
-        _check_amounts(writer, spec, cells)
+        old = loading.convert(revisions[-1].spec)
+        _check_edited(old, spec, extend, writer.reader.path)
+        if old.trials.stop is None and spec.trials.stop is None:  # how far a rule went is its own affair
+            _check_amounts(writer, cells)
     if not revisions or revisions[-1].fingerprint != mark:
         writer.revise(
             spec=loading.plain_of(spec), fingerprint=mark, command=command or command_line(),
@@ -182,11 +184,8 @@ def _check_labels(writer: Writer, cells: Sequence[Planned]) -> None:
             )
 
 
-def _check_amounts(writer: Writer, spec: Campaign, cells: Sequence[Planned]) -> None:
+def _check_amounts(writer: Writer, cells: Sequence[Planned]) -> None:
     """Refuse a spec that fixes fewer trials of a cell than it has: a finished one is never taken away."""
-    revisions = writer.reader.revisions()
-    if not revisions or (revisions[-1].spec.get("trials") or {}).get("stop") or spec.trials.stop is not None:
-        return  # how far a rule went is its own affair
     counts, asked = writer.reader.counts(), {cell.key: cell.wanted for cell in cells}
     for row in writer.reader.cells():
         done = counts[row.id].trials if row.id in counts else 0
