@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,12 +17,10 @@ from ckptflip.protect.clipping.part import Clipped
 from ckptflip.protect.clipping.spread import Spread
 from ckptflip.protect.clipping.torch_forwards import (
     Chain,
-    Crosser,
     Forward,
-    Gatherer,
     Hook,
+    Making,
     Rectifier,
-    Scaler,
 )
 from ckptflip.protect.clipping.torch_places import kinds, linears, owned, places, plain, rectified
 from ckptflip.protect.clipping.torch_values import Clip
@@ -30,14 +29,19 @@ from ckptflip.recsys.models.crossing import VectorCross
 from ckptflip.recsys.models.dlrm import Tables
 from ckptflip.recsys.models.fields import Scaled
 
+
+def _gathered(clip: Clip, tables: Tables, ids: torch.Tensor) -> torch.Tensor:
+    return clip.stacked(list(tables.each(ids)))
+
+
 # What is clipped while it is made.
 _FORWARDS: dict[type, Callable[[Clip, Any], Callable[..., Any]]] = {
     torch.nn.ReLU: Rectifier,
-    Tables: Gatherer,
-    Scaled: Scaler,
-    VectorCross: Crosser,
+    Tables: partial(Making, make=_gathered),
+    Scaled: partial(Making, make=Clip.scaled),
+    VectorCross: partial(Making, make=Clip.crossed),
 }
-_FORMS = (Hook, Forward, Rectifier, Chain, Gatherer, Scaler, Crosser)
+_FORMS = (Hook, Forward, Rectifier, Chain, Making)
 
 
 def clip(model: Any, bounds: Bounds) -> Clipped:

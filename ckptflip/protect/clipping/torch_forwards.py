@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.compiler import is_compiling
 
 from ckptflip.protect.clipping.torch_values import Clip
-from ckptflip.recsys.models.crossing import VectorCross
-from ckptflip.recsys.models.dlrm import Tables
-from ckptflip.recsys.models.fields import Scaled
 
 
 class Hook:
@@ -102,52 +100,19 @@ class Chain:
         return input
 
 
-class Gatherer:
-    """Takes the place of the `forward` of `Tables`: clips rows while they are put side by side.
-
-    Args:
-        clip: the bounds that hold for all tables.
-        tables: the module.
-    """
-
-    def __init__(self, clip: Clip, tables: Tables) -> None:
-        self.clip, self._tables = clip, tables
-
-    def __call__(self, ids: torch.Tensor) -> torch.Tensor:
-        """The rows out of all tables, within bounds: float[n, tables, columns]."""
-        self.clip.calls += 1
-        return self.clip.stacked(list(self._tables.each(ids)))
-
-
-class Scaler:
-    """Takes the place of the `forward` of `Scaled`: clips products as they are made.
+class Making:
+    """Takes the place of a module's `forward`: what it gives is clipped while it is made.
 
     Args:
         clip: its bounds.
-        layer: the module.
+        module: the module.
+        make: the method of `Clip` that computes what the module does.
     """
 
-    def __init__(self, clip: Clip, layer: Scaled) -> None:
-        self.clip, self._layer = clip, layer
+    def __init__(self, clip: Clip, module: torch.nn.Module, make: Callable[..., torch.Tensor]) -> None:
+        self.clip, self._module, self._make = clip, module, make
 
-    def __call__(self, dense: torch.Tensor) -> torch.Tensor:
-        """The layer's float[n, features, columns], within bounds."""
+    def __call__(self, *given: torch.Tensor) -> torch.Tensor:
+        """What the module gives, within bounds."""
         self.clip.calls += 1
-        return self.clip.scaled(self._layer, dense)
-
-
-class Crosser:
-    """Takes the place of the `forward` of `VectorCross`: clips the sum of three terms as it is made.
-
-    Args:
-        clip: its bounds.
-        layer: the module.
-    """
-
-    def __init__(self, clip: Clip, layer: VectorCross) -> None:
-        self.clip, self._layer = clip, layer
-
-    def __call__(self, start: torch.Tensor, crossed: torch.Tensor) -> torch.Tensor:
-        """The layer's float[n, width], within bounds."""
-        self.clip.calls += 1
-        return self.clip.crossed(self._layer, start, crossed)
+        return self._make(self.clip, self._module, *given)
